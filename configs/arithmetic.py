@@ -1,0 +1,24 @@
+"""R1's discovery on a laptop: a model of under a million weights finds out that thinking pays.
+
+    python train.py configs/arithmetic.py
+
+It starts from random numbers. The supervised warm-up shows two ways to add three-digit numbers: mostly the bare answer, which is too hard to
+learn in a minute, and less often the sum worked digit by digit. After it the model answers straight away and is wrong. GRPO rewards right
+answers and nothing else, and the model learns to work.
+"""
+def worked(completions, **_):
+    return [float("<" in c) for c in completions]
+
+
+scratch = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True)
+alphabet = "0123456789+=<>,"
+task = "arithmetic"
+task_options = dict(style="chars", digits=3, worked_share=0.3)
+rewards = [("arithmetic", 1.0), (worked, 0.0)]  # weight 0: shown, not rewarded
+
+sft_steps, sft_batch, sft_lr = 450, 64, 2e-3
+lora_rank = 0
+prompts_per_step, group_size, micro_tokens = 16, 8, 16384
+max_new_tokens = 36
+steps, lr, warmup_steps = 120, 3e-4, 5
+eval_every, eval_problems, save_every, show_every = 30, 500, 60, 20

@@ -1,0 +1,100 @@
+"""How good a model is on held-out problems: greedy accuracy, strict and lenient, or pass@k, each with its interval.
+
+    python eval.py configs/gsm8k.py --model=Qwen/Qwen2.5-0.5B-Instruct --eval_problems=1319
+    python eval.py configs/gsm8k.py --model=out/gsm8k/ckpt/step_000500 --eval_samples=8
+
+A completion is right when the config's first reward gives it 1 or more; leniently right, when that reward's lenient twin does
+(rewards.LENIENT), so the two differ by those who know the answer and not the form. train.py calls `evaluate` before, during and after.
+
+Dims: N problems, k samples of each.
+"""
+import math
+import sys
+
+import config as configs
+import data
+import rewards as rewarding
+import rollout
+from sample import load_policy, pick_device
+
+
+def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion right / n: Wilson's score interval (1927), which stays inside 0..1 and is honest at 0 and at n."""
+    p, zz = right / n, z * z / n
+    middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
+    return (middle - half) / (1 + zz), (middle + half) / (1 + zz)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that at least one of k samples is right, when c of n were: unbiased (Eq. 1, arXiv:2107.03374)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(model, tokenizer, rows, functions, *, stop_ids, max_new_tokens, system="", prefill="", samples=1, temperature=1.0, slots=None,
+             seed=0, reward_messages=False, timeout=None):
+    """Metrics (a dict: eval/strict, eval/lenient, ..) and, for each problem, its first completion, on rows of a task.
+
+    functions: rewards.resolve's list; every reward's mean is reported, whatever its weight. One sample is drawn greedily, several at
+    `temperature`, and then strict and lenient are means over samples (pass@1) and eval/pass@j is there for j = 1, 2, 4, .. samples.
+    """
+    prompts = [data.prompt_ids(tokenizer, row["prompt"], system=system, prefill=prefill) for row in rows]
+    out = rollout.generate(model, prompts, group_size=samples, max_new_tokens=max_new_tokens, stop_ids=stop_ids, slots=slots, seed=seed,
+                           temperature=0.0 if samples == 1 else temperature, label="evaluating")
+    texts = [prefill + text for text in tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
+    label, function, _ = functions[0]
+    twin = rewarding.LENIENT.get(label, function)
+    graded = [*functions, ("lenient", twin, 0.0)]
+    parts, _ = rewarding.score(graded, texts, [row["prompt"] for row in rows for _ in range(samples)], data.columns(rows, samples),
+                               group_size=samples, completion_ids=out.ids, max_new_tokens=max_new_tokens, reward_messages=reward_messages, timeout=timeout)
+    right, lenient = parts[:, 0] >= 1.0, parts[:, -1] >= 1.0
+    N, lengths = len(rows), [len(ids) for ids in out.ids]
+    low, high = wilson(right.mean() * N, N)  # samples of one problem are not independent: the interval is that of N problems
+    metrics = {"eval/strict": right.mean(), "eval/strict_low": low, "eval/strict_high": high, "eval/lenient": lenient.mean(),
+               "eval/mean_length": sum(lengths) / len(lengths), "eval/clipped_ratio": 1 - sum(out.stopped) / len(out.stopped), "eval/problems": N}
+    for i, (name, _, _) in enumerate(functions):
+        scored = parts[:, i][parts[:, i] == parts[:, i]]  # without None
+        metrics[f"eval/rewards/{name}"] = scored.mean() if len(scored) else float("nan")
+    k = 1
+    while samples > 1 and k <= samples:
+        metrics[f"eval/pass@{k}"] = sum(pass_at_k(samples, int(c), k) for c in right.reshape(N, samples).sum(1)) / N
+        k *= 2
+    return {key: float(value) for key, value in metrics.items()}, texts[::samples]
+
+
+def summary(metrics: dict) -> str:
+    """One line: accuracy with its interval, and what else differs."""
+    m = {key.removeprefix("eval/"): value for key, value in metrics.items()}
+    line = f"accuracy {m['strict']:.1%} [{m['strict_low']:.1%}, {m['strict_high']:.1%}], lenient {m['lenient']:.1%}"
+    line += "".join(f", {key} {value:.1%}" for key, value in m.items() if key.startswith("pass@"))
+    line += "".join(f", {key.removeprefix('rewards/')} {value:.3f}" for key, value in m.items() if key.startswith("rewards/"))
+    return line + f", {m['mean_length']:.0f} tokens, {m['clipped_ratio']:.1%} cut, {m['problems']:.0f} problems"
+
+
+def options(cfg) -> dict:
+    """The keyword arguments of `evaluate` that a Config gives."""
+    return dict(max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, system=cfg.system_prompt, prefill=cfg.prefill, samples=cfg.eval_samples,
+                temperature=cfg.eval_temperature, slots=cfg.slots, seed=cfg.seed, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
+
+
+def load_task(cfg):
+    """The task of a Config."""
+    return data.load_task(cfg.task, data_dir=cfg.data_dir, seed=cfg.seed, train_file=cfg.train_file or None, eval_file=cfg.eval_file or None,
+                          eval_problems=cfg.eval_problems, **cfg.task_options)
+
+
+def main(cfg):
+    device, dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
+    task, functions = load_task(cfg), rewarding.resolve(cfg.rewards)
+    model, tokenizer, stop_ids, _ = load_policy(cfg.model, adapter=cfg.adapter, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed, dtype=dtype, device=device)
+    rows = task.eval[: cfg.eval_problems]
+    metrics, texts = evaluate(model, tokenizer, rows, functions, stop_ids=stop_ids, **options(cfg))
+    for row, text in list(zip(rows, texts))[:3]:
+        print(f"--- {row['prompt']}\n{text}\n")
+    print(f"{cfg.model} on {cfg.task}: {summary(metrics)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(configs.load(sys.argv[1:]))
+    except (ValueError, rewarding.RewardError) as e:
+        sys.exit(f"eval.py: {e}")

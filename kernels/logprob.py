@@ -1,0 +1,139 @@
+"""Final linear layer -> log-probability of the chosen tokens and entropy, without a (tokens, vocab) tensor.
+
+    z = h W^T / temperature      logp = z[y] - lse(z)      entropy = lse(z) - sum_j p_j z_j,   p = softmax(z)
+    dlogp/dz = onehot(y) - p     dentropy/dz_j = -p_j (log p_j + entropy)
+
+At 8,192 tokens and 151,936 words the logits alone are 5 GB in fp32, and log_softmax with autograd keeps three of them.
+Here a chunk of rows lives at a time: the forward keeps two numbers a row, the backward makes the chunk's logits again
+(one matmul more) and turns them into their own gradient in place.
+
+Truncated sampling (top-k, top-p, min-p) is scored on the set it kept: words outside have probability 0 and no
+gradient. Scoring such samples over the whole vocabulary instead biases every ratio by the kept mass.
+
+Dims: M rows, D width, V vocabulary.
+"""
+import torch
+
+CHUNK_BYTES = 1 << 26  # fp32 logits alive at once; 64 MiB keeps two CPU cores busy and is 110 rows of a 151,936-word vocabulary
+
+
+def logprob_ref(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The definition, by whole logits and autograd, in the dtype given; arguments and results as `logprob`."""
+    logits = (hidden @ weight.t()) / temperature
+    truncate_(logits.detach(), top_k=top_k, top_p=top_p, min_p=min_p, keep=targets)  # same storage: logits are truncated too
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
+    return logp.gather(1, targets[:, None])[:, 0], entropy
+
+
+def logprob(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Log-probability (nats) of each target under its row of hidden states, and the row's entropy (nats).
+
+    hidden (M, D) and weight (V, D) in any float dtype, targets (M,) int64 -> logp (M,), entropy (M,), both fp32 and both
+    differentiable in hidden and weight. Logits are fp32 whatever the dtype.
+    """
+    (M, D), (V, D2) = hidden.shape, weight.shape
+    assert D == D2 and targets.shape == (M,), f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+    return _LogProb.apply(hidden, weight, targets, temperature, (top_k, top_p, min_p))
+
+
+def logits_fp32(hidden, weight):
+    """hidden (M, D) @ weight (V, D)^T with fp32 results: rounding logits to bf16 is the largest sampler/trainer mismatch there is."""
+    if hidden.dtype == torch.float32 or hidden.dtype == torch.float64:
+        return hidden @ weight.t()
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return hidden.float() @ weight.float().t()  # torch.mm(out_dtype=) has no CPU kernel
+
+
+def truncate_(logits, *, top_k=0, top_p=1.0, min_p=0.0, keep=None):
+    """Sets logits (M, V) outside the kept set to -inf, in place, and returns them. top_k, then top_p of what is left, then min_p.
+
+    The order and the ties are transformers': top-p keeps the smallest set of most likely words whose mass reaches top_p, min-p
+    those at least min_p times as likely as the first. keep (M,): words that stay whatever happens: a word that was sampled
+    was in the sampler's set, and rounding must not put it outside the trainer's.
+    """
+    M, V = logits.shape
+    kept = logits.gather(1, keep[:, None]) if keep is not None else None
+    if 0 < top_k < V:
+        kth = logits.topk(top_k, -1).values[:, -1:]
+        logits.masked_fill_(logits < kth, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = logits.sort(-1)  # least likely first, so that the sum of the tail is accurate
+        tail = ordered.softmax(-1).cumsum(-1) <= 1.0 - top_p
+        tail[:, -1] = False
+        logits.masked_fill_(torch.zeros_like(tail).scatter_(1, order, tail), float("-inf"))
+    if min_p > 0.0:
+        p = logits.softmax(-1)
+        logits.masked_fill_(p < min_p * p.amax(-1, keepdim=True), float("-inf"))
+    return logits if kept is None else logits.scatter_(1, keep[:, None], kept)
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, truncation):
+        M, V = len(hidden), len(weight)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logp, lse, entropy = (torch.empty(M, dtype=dtype, device=hidden.device) for _ in range(3))
+        for rows in chunks(M, V):
+            z = scaled_logits(hidden[rows], weight, targets[rows], temperature, truncation)
+            lse[rows] = z.logsumexp(-1)
+            logp[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
+            entropy[rows] = _entropy_(z, lse[rows])
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.temperature, ctx.truncation = temperature, truncation
+        ctx.set_materialize_grads(False)  # an unused entropy costs nothing in the backward
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, dlogp, dentropy):
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # bf16 sums over 10,000 tokens would lose the small ones, so the weight's gradient gathers in fp32
+        dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
+        for rows in chunks(len(hidden), len(weight)):
+            z = scaled_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation)
+            dz = logits_grad_(z, targets[rows], lse[rows], entropy[rows], None if dlogp is None else dlogp[rows],
+                              None if dentropy is None else dentropy[rows], ctx.temperature).to(hidden.dtype)
+            if dhidden is not None:
+                torch.mm(dz, weight, out=dhidden[rows])
+            if dweight is not None:
+                dweight.addmm_(dz.t().to(lse.dtype), hidden[rows].to(lse.dtype))
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None
+
+
+def chunks(M: int, V: int) -> list[slice]:
+    """Slices of rows whose fp32 logits fit CHUNK_BYTES, as even as possible."""
+    n = max(1, -(-M * V * 4 // CHUNK_BYTES))
+    size = max(1, -(-M // n))
+    return [slice(i, min(i + size, M)) for i in range(0, M, size)]
+
+
+def scaled_logits(hidden, weight, targets, temperature, truncation):
+    """Logits over temperature, words outside the kept set at -inf. (m, D), (V, D), (m,) -> (m, V) fp32."""
+    z = logits_fp32(hidden, weight)
+    if temperature != 1.0:
+        z.div_(temperature)
+    top_k, top_p, min_p = truncation
+    return truncate_(z, top_k=top_k, top_p=top_p, min_p=min_p, keep=targets) if top_k or top_p < 1.0 or min_p else z
+
+
+def _entropy_(z, lse):
+    """Entropy (m,) of rows whose logits are z (m, V) and log-normalisers lse (m,). Overwrites z."""
+    z.sub_(lse[:, None])  # log p
+    p = z.exp()
+    return -p.mul_(z.clamp_(min=-1e30)).sum(-1)  # 0 * -inf is nan; 0 * -1e30 is the 0 it should be
+
+
+def logits_grad_(z, targets, lse, entropy, dlogp, dentropy, temperature):
+    """Gradient of the loss by the unscaled logits, written over the scaled logits z (m, V). dlogp, dentropy (m,) or None."""
+    logq = z.sub_(lse[:, None])
+    p = logq.exp()
+    factor = 0.0 if dlogp is None else -dlogp[:, None]  # dloss/dz_j = p_j * factor + onehot * dlogp
+    if dentropy is not None:
+        factor = factor - dentropy[:, None] * (logq.clamp_(min=-1e30) + entropy[:, None])
+    dz = p.mul_(factor)
+    if dlogp is not None:
+        dz.scatter_add_(1, targets[:, None], dlogp[:, None])
+    return dz.div_(temperature) if temperature != 1.0 else dz

@@ -1,0 +1,42 @@
+"""What the tests share: the repository on the path, one thread, one real two-layer model, and the real checkpoints where they are."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+
+import model as models
+
+torch.set_num_threads(1)
+
+TINY = dict(model_type="llama", vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.3)
+
+
+@pytest.fixture
+def tiny():
+    """A two-layer Llama of random weights, fp32: grouped heads, tied head, weights large enough that attention and logits are not flat."""
+    return models.create(dict(TINY), seed=0)
+
+
+def checkpoint(name: str) -> str:
+    """Folder of a real checkpoint, models/NAME or $NANOGRPO_MODELS/NAME; skips the test where it is absent."""
+    folder = Path(os.environ.get("NANOGRPO_MODELS", ROOT / "models")) / name
+    if not (folder / "config.json").exists():
+        pytest.skip(f"needs the checkpoint {name} in models/ or in the folder that NANOGRPO_MODELS names")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    return checkpoint("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    return checkpoint("qwen2.5-0.5b")

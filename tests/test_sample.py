@@ -1,0 +1,217 @@
+"""The generator, the draw and the log-probability it returns, against published numbers, Triton, fp64 and the chi-square distribution."""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels.logprob import truncate_
+from kernels.sample import WORD, draw, draw_ref, greedy, philox, uniforms
+
+
+def philox_words(counter, key):
+    """Philox4x32-10 by the paper, in Python's integers: four words."""
+    c, (k0, k1) = list(counter), key
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ k0, b & WORD, (a >> 32) ^ c[3] ^ k1, a & WORD]
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return c
+
+
+# kat_vectors of Random123: counter, key, result
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+]
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN)
+def test_philox_gives_the_published_numbers(counter, key, words):
+    assert tuple(philox_words(counter, key)) == words
+    assert philox(key[0] | key[1] << 32, *counter).item() == words[0]
+
+
+def test_philox_equals_the_paper_on_random_counters():
+    g = torch.Generator().manual_seed(0)
+    c = torch.randint(0, 2**32, (4, 200), generator=g)
+    for seed in (1, 0xDEADBEEF12345678, -1):
+        theirs = [philox_words(row, (seed & WORD, seed >> 32 & WORD))[0] for row in c.t().tolist()]
+        assert philox(seed, *c).tolist() == theirs
+
+
+TRITON = """
+import torch, triton, triton.language as tl, sys
+from kernels.sample import philox
+
+@triton.jit
+def kernel(c, out, seed, n: tl.constexpr):
+    i = tl.arange(0, n)
+    a, b, e, f = tl.philox(seed, tl.load(c + i), tl.load(c + n + i), tl.load(c + 2 * n + i), tl.load(c + 3 * n + i))
+    tl.store(out + i, a.to(tl.int64))
+
+c = torch.randint(0, 2**31, (4, 256), generator=torch.Generator().manual_seed(0))
+for seed in (7, 0x1234567890ABCDEF):
+    out = torch.full((256,), -1)
+    kernel[(1,)](c.to(torch.int32), out, seed, 256)
+    assert torch.equal(out & 0xFFFFFFFF, philox(seed, *c)), (out, philox(seed, *c))
+print("equal")
+"""
+
+
+def test_philox_equals_tritons(tmp_path):
+    """The interpreter must be asked for before Triton is imported, so this runs in a process of its own."""
+    pytest.importorskip("triton")
+    script = tmp_path / "philox.py"
+    script.write_text(TRITON)
+    env = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.getcwd() + os.pathsep + str(sys.path[0]) + os.pathsep + os.path.dirname(os.path.dirname(__file__)))
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_uniforms_lie_strictly_between_0_and_1_and_are_uniform():
+    u = uniforms(3, 5, torch.arange(40)[:, None, None], torch.arange(8)[None, :, None], torch.arange(50)).flatten()
+    assert u.dtype == torch.float64 and 0 < u.min() and u.max() < 1
+    assert chi_square(torch.bincount((u * 64).long(), minlength=64), torch.full((64,), 1 / 64)) < 5
+    smallest, largest = (0 + 0.5) * 2.0**-32, (WORD + 0.5) * 2.0**-32  # what the formula makes of the smallest and the largest word
+    assert 0 < smallest and largest < 1
+
+
+def test_each_key_changes_the_uniform_and_nothing_else_does():
+    base = dict(seed=1, step=2, prompt=3, sample=4, position=5)
+    made = {name: uniforms(**{**base, name: torch.tensor(6)} if name not in ("seed", "step") else {**base, name: 6}).item() for name in base}
+    assert len({uniforms(**base).item(), *made.values()}) == 6
+    assert uniforms(1, 2, torch.arange(9), 4, 5)[3] == uniforms(**base)
+
+
+def chi_square(counts, p) -> float:
+    """How far counts are from n*p, in standard deviations of the statistic (Wilson-Hilferty): 4 is 1 in 30,000.
+
+    Words expected fewer than five times are one cell, as the test asks. A word of probability 0 that was drawn fails at once.
+    """
+    n = counts.sum()
+    assert not counts[p == 0].any(), "a word of probability 0 was drawn"
+    expected, counts = p.double() * n, counts.double()
+    rare = expected < 5
+    if rare.any():
+        expected, counts = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (expected, counts))
+    expected, counts = expected[expected > 0], counts[expected > 0]
+    x2, k = ((counts - expected) ** 2 / expected).sum().item(), len(expected) - 1
+    return 0.0 if k == 0 else ((x2 / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+
+
+def test_the_chi_square_test_can_fail():
+    p = torch.full((64,), 1 / 64)
+    counts = torch.bincount(torch.randint(0, 64, (20_000,), generator=torch.Generator().manual_seed(0)), minlength=64)
+    assert chi_square(counts, p) < 4
+    counts[3] += 150
+    assert chi_square(counts, p) > 4
+
+
+@pytest.mark.parametrize("V", [1, 2, 17, 127, 128, 129, 1000, 49_152, 151_936])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+def test_draw_equals_its_definition(V, spread):
+    g = torch.Generator().manual_seed(V)
+    logits, u = torch.randn(24 if V < 9000 else 6, V, generator=g) * spread, torch.rand(24 if V < 9000 else 6, generator=g, dtype=torch.float64)
+    (token, logp), (want, want_logp) = draw(logits.clone(), u), draw_ref(logits, u)
+    assert torch.equal(token, want)
+    assert (logp - want_logp).abs().max() < 2e-6 * max(1, spread)
+
+
+@pytest.mark.parametrize("V", [49_152, 151_936])
+def test_the_whole_unit_interval_maps_onto_the_vocabulary_in_order(V):
+    """Evenly spaced u over one flat row of logits: each word comes as often as any other, none is skipped or doubled at block edges."""
+    steps = 2 * V
+    u = (torch.arange(0, steps, 97).double() + 0.5) / steps
+    token, logp = draw(torch.zeros(1, V).expand(len(u), V)[:64].contiguous(), u[:64])
+    assert torch.equal(token, (u[:64] * V).long())
+    token, _ = draw(torch.zeros(64, V), u[-64:])
+    assert torch.equal(token, (u[-64:] * V).long())
+    assert torch.allclose(logp, torch.full_like(logp, -math.log(V)), atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [50, 128, 300, 151_936])
+def test_a_word_of_probability_0_is_never_drawn(V):
+    """Words at -inf or 200 nats down, between and after the others, with u at its smallest, its largest and between."""
+    edge = [0.5 * 2.0**-32, (WORD + 0.5) * 2.0**-32, 0.25, 0.5, 0.75]
+    u = torch.tensor(edge * 8, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(u), V, generator=g)
+    logits[:, torch.rand(V, generator=g) < 0.7] = float("-inf")
+    logits[:20, -V // 2 :] = -200.0  # exp underflows to 0 beside a word near 0
+    logits[:, V // 3] = 0.0
+    logits[20:, : V // 4] = float("-inf")
+    token, logp = draw(logits.clone(), u)
+    p = logits.softmax(-1).gather(1, token[:, None])
+    assert (p > 0).all() and logp.isfinite().all()
+
+
+def test_a_row_with_one_word_left_draws_it_with_certainty():
+    for V in (7, 128, 49_152):
+        for word in (0, V // 2, V - 1):
+            logits = torch.full((3, V), float("-inf"))
+            logits[:, word] = torch.tensor([-1e4, 0.0, 1e30])
+            token, logp = draw(logits, torch.tensor([1e-10, 0.5, 1 - 1e-10], dtype=torch.float64))
+            assert token.tolist() == [word] * 3 and logp.tolist() == [0.0] * 3
+
+
+def test_extreme_logits_stay_finite_and_exact():
+    logits = torch.tensor([[3e38, 3e38, -3e38], [-3e38, -3e38, -3e38], [88.8, 0.0, -88.8], [1e-38, 0.0, -1e-38]])
+    u = torch.tensor([0.75, 0.4, 0.5, 0.9], dtype=torch.float64)
+    (token, logp), (want, want_logp) = draw(logits.clone(), u), draw_ref(logits, u)
+    assert torch.equal(token, want) and torch.allclose(logp.double(), want_logp, atol=1e-6)
+
+
+def test_logits_that_are_not_finite_give_a_logp_that_is_not():
+    """A word must still come out, inside the vocabulary: what follows looks it up in the embedding before anybody reads the logp."""
+    logits = torch.zeros(3, 300)
+    logits[0, 5], logits[1, 7], logits[2] = float("nan"), float("inf"), float("-inf")
+    token, logp = draw(logits, torch.full((3,), 1 - 1e-9, dtype=torch.float64))
+    assert ((0 <= token) & (token < 300)).all() and logp.isnan().all()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_k=5), dict(top_p=0.8), dict(min_p=0.1), dict(top_k=20, top_p=0.9, min_p=0.02)])
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_draws_follow_the_exact_distribution(temperature, options):
+    """20,000 draws of one row, keyed as the sampler keys them; top-p and min-p are spelled out here and not by our truncate_."""
+    V, n = 200, 20_000
+    z = torch.randn(V, generator=torch.Generator().manual_seed(5)).double() * 2 / temperature
+    ordered, order = z.sort(descending=True)
+    keep = torch.ones(V, dtype=torch.bool)
+    if "top_k" in options:
+        keep &= z >= ordered[options["top_k"] - 1]
+    if "top_p" in options:
+        p = z.masked_fill(~keep, float("-inf")).softmax(-1)[order]
+        keep[order[p.cumsum(-1) - p >= options["top_p"]]] = False  # what came before had reached top_p already
+    if "min_p" in options:
+        p = z.masked_fill(~keep, float("-inf")).softmax(-1)
+        keep &= p >= options["min_p"] * p.max()
+    exact = z.masked_fill(~keep, float("-inf")).softmax(-1)
+    assert keep.sum() < V or not options
+
+    u = uniforms(11, 0, torch.arange(n // 100)[:, None], torch.arange(100)[None], 0).flatten()
+    logits = truncate_(z.float()[None].clone(), **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **options}).expand(n, V)
+    token, logp = draw(logits, u)
+    assert chi_square(torch.bincount(token, minlength=V), exact) < 4
+    assert torch.allclose(logp.double(), exact.log()[token], atol=2e-6)
+
+
+def test_draws_follow_the_exact_distribution_of_a_huge_vocabulary():
+    """151,936 words, half of the mass spread thinly over all of them: cells of 1,187 words, so every block is checked."""
+    V, n = 151_936, 4_000
+    z = torch.randn(V, generator=torch.Generator().manual_seed(1))
+    z[12_345] = z.logsumexp(-1)
+    u = uniforms(0, 0, torch.arange(n), 0, 0)
+    token = torch.cat([draw(z[None].expand(len(part), V), part)[0] for part in u.split(100)])
+    cells = torch.zeros(128, dtype=torch.double).index_add_(0, torch.arange(V) // 1187, z.double().softmax(-1))
+    assert chi_square(torch.bincount(token // 1187, minlength=128), cells) < 4
+
+
+def test_greedy_takes_the_first_of_equals_and_scores_it():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 1.0, 0.0]])
+    token, logp = greedy(logits)
+    assert token.tolist() == [1, 0]
+    assert torch.allclose(logp, logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
