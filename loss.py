@@ -276,7 +276,7 @@ def measure(logp, old, low, high, **sums):
     stats |= {"tokens": logp.new_full((), len(logp)), "diff_sum": diff.abs().sum(), "ratio_sum": ratio.sum(),
               "clip_low": low.sum(), "clip_high": high.sum(), "clip_region": (low | high).sum(),
               "diff_max": torch.cat((diff.abs(), zero)).amax(),
-              "ratio_min": torch.cat((ratio, inf)).amin(), "ratio_max": torch.cat((ratio, -inf)).amax()}
+              "ratio_min": torch.cat((ratio, inf)).amin(), "ratio_max": torch.cat((ratio, zero)).amax()}
     return {k: v.detach().to(logp.dtype) for k, v in stats.items()}
 
 

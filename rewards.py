@@ -1,0 +1,336 @@
+"""Rewards: functions that say how good a completion is, and the runner that scores a batch with them.
+
+    rewards = [("gsm8k", 1.0), (my_reward, 0.5), ("format", 0.0)]      # in a config file: a name of REWARDS or a function, and its weight
+
+A reward is `f(completions, prompts, **columns) -> list[float | None]`, TRL's signature, plain or async, and one written for TRL runs
+unchanged. Arguments go by name. Every column of the rows arrives as a list with an entry a completion, and the runner adds
+`completion_ids` (the sampled ids, the stop included), `group_size` and `max_new_tokens`. A function gets what its signature names, or
+everything if it takes **kwargs. The keyword defaults below are changed with functools.partial in a config file.
+
+None means 'cannot be scored'. Anything else that is not a finite number stops the run with one sentence (RewardError).
+
+Text written by a model is read, never evaluated: numbers are parsed by a regular expression that knows ASCII digits only, into exact
+decimals. No function here raises on any text, and none takes more than milliseconds, however long or hostile the text is.
+
+N completions = B prompts * G of each; row n answers prompt n // G; R rewards. Tests: python -m pytest tests/test_rewards.py
+"""
+import asyncio
+import difflib
+import functools
+import inspect
+import itertools
+import math
+import queue
+import re
+import threading
+from decimal import Decimal
+
+
+class RewardError(Exception):
+    """A reward function did what it must not; the message is one sentence that names it, the row and the value."""
+
+
+# ---------------------------------------------------------------------------------------------------------- numbers in text
+# Sign, then 1,234,567 or 1234567, with or without decimals, or .5. A minus after a letter, a digit or ")" is not a sign: 5-3, x-3.
+# int() and float() are no parsers for this: they take "٣", "1_000" and "nan"; and \d takes "٣" too. All counts are bounded, so that no
+# text is slow.
+NUMBER = r"((?:(?<![\w)])[-+−])?)\$?((?:[0-9]{1,3}(?:,[0-9]{3}){1,60}(?![0-9])|[0-9]{1,200}+)(?:\.[0-9]{1,200}+)?|(?<![0-9])\.[0-9]{1,200}+)"
+ANYWHERE = re.compile(NUMBER)
+WHOLE = re.compile(rf"\s*\\?\$?{NUMBER}\s*%?\.?\s*")
+# The number must end where it seems to: not 4.2.1, 42/7, 1,00 or 42e3.
+MARKED = re.compile(rf"[ \t]*+\\?\$?{NUMBER}(?!\d|[.,:/^]\d|[eE][-+]?\d)")
+
+
+def exact(sign: str, digits: str) -> Decimal:
+    """The exact number: 0.1 + 0.2 is not 0.3 in floats, and 72, 72.0 and 072 are one answer."""
+    return Decimal(("-" if sign in ("-", "−") else "") + digits.replace(",", ""))
+
+
+def gold(answer) -> Decimal | None:
+    """The number that a row's answer is: 72, "72", "$1,234.50", "50%", or the text of a solution that ends in "#### 72"."""
+    match = WHOLE.fullmatch(str(answer).rpartition("####")[2])
+    return exact(*match.groups()) if match else None
+
+
+def marked_number(text: str) -> Decimal | None:
+    """The number after the last "####" that has one. Ten of them without a number end the search: that is no answer."""
+    at = len(text)
+    for _ in range(10):
+        at = text.rfind("####", 0, at)
+        match = MARKED.match(text, at + 4) if at >= 0 else None
+        if match or at < 0:
+            break
+    return exact(*match.groups()) if match else None
+
+
+def any_number(text: str) -> Decimal | None:
+    """The last number of a text, looked for in the 200 characters before the last digit."""
+    end = max(map(text.rfind, "0123456789")) + 1
+    start = max(0, end - 200)
+    *_, last = None, *ANYWHERE.finditer(text, start, end)
+    half = last and last.start(2) == start > 0  # the end of a number longer than that
+    return exact(*last.groups()) if last and not half else None
+
+
+def text_of(completion) -> str:
+    """The text of a completion, which is a list of messages under reward_messages."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+# ------------------------------------------------------------------------------------------------------------ right or wrong
+def gsm8k(completions, prompts=None, *, answer, **_):
+    """1 if the number after the last "####" equals the row's `answer`, else 0. None where `answer` is not a number."""
+    return compared(map(marked_number, map(text_of, completions)), answer)
+
+
+def gsm8k_lenient(completions, prompts=None, *, answer, **_):
+    """1 if the last number anywhere in the completion equals the row's `answer`, else 0. None where `answer` is not a number."""
+    return compared(map(any_number, map(text_of, completions)), answer)
+
+
+def compared(numbers, answers):
+    return [None if right is None else float(number == right) for number, right in zip(numbers, map(gold, answers))]
+
+
+def arithmetic(completions, prompts=None, *, answer, **_):
+    """1 if what follows the worked part "<..>", or all of a completion that has none, is exactly the row's `answer`, else 0."""
+    return [float(text_of(c).rpartition(">")[2].strip() == str(a)) for c, a in zip(completions, answer)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- the form
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def format(completions, prompts=None, *, prefilled=True, **_):
+    """1 if the whole completion is <think>..</think><answer>..</answer>, each tag once and nothing before, between or after, else 0.
+
+    prefilled: the opening <think> may be missing, since a chat template that writes it puts it into the prompt, not the completion.
+    """
+    return [float(well_formed(text_of(c).strip(), prefilled)) for c in completions]
+
+
+def well_formed(text: str, prefilled: bool) -> bool:
+    text = f"<think>{text}" if prefilled and not text.startswith("<think>") else text
+    once = all(text.count(tag) == 1 for tag in TAGS)  # with one of each the ends and the middle settle the order
+    middle, _, answer = text.partition("</think>")[2].partition("<answer>")
+    return once and text.startswith("<think>") and not middle.strip() and text.endswith("</answer>") and answer != "</answer>"
+
+
+def tag_count(completions, prompts=None, *, tags=TAGS, **_):
+    """The share of the tags that are there exactly once: a quarter for each of the four."""
+    return [sum(text_of(c).count(tag) == 1 for tag in tags) / len(tags) for c in completions]
+
+
+READ = 50_000  # the two rewards below that search for patterns look no further than this many characters
+
+# A list marker at the start of a line, with or without a step word after it, or a step word anywhere.
+STEP_WORD = r"(?:Step [0-9]{1,3}:|(?:First|Second|Third|Next|Then|Finally|Lastly),)"
+STEP = re.compile(rf"^[ \t]{{0,8}}(?:[0-9]{{1,3}}[.)]|[-*•])(?!\S)(?:[ \t]{STEP_WORD})?|\b{STEP_WORD}", re.MULTILINE)
+
+
+def reasoning_steps(completions, prompts=None, *, enough=3, **_):
+    """min(1, steps / enough): list markers at the start of a line and step words ("First,", "Step 2:")."""
+    return [len(list(itertools.islice(STEP.finditer(text_of(c)[:READ]), enough))) / enough for c in completions]
+
+
+# --------------------------------------------------------------------------------------------------------------- the length
+def length(completions, prompts=None, *, completion_ids, group_size, grade=gsm8k, **columns):
+    """0.5 - (tokens - min) / (max - min), min and max within the group; a wrong answer gets at most 0 (Kimi k1.5, arXiv:2501.12599, 2.3.3).
+
+    grade: the reward that says who is right (1 or more). A group whose completions are all as long gets 0, one it cannot grade None.
+    """
+    right, scores = grade(completions, prompts, completion_ids=completion_ids, group_size=group_size, **columns), []
+    lengths = [len(ids) for ids in completion_ids]
+    for n, r in enumerate(right):
+        first = n - n % group_size
+        shortest, longest = (f(lengths[first : first + group_size]) for f in (min, max))
+        score = 0.5 - (lengths[n] - shortest) / (longest - shortest) if longest > shortest else 0.0
+        scores.append(None if r is None else score if r >= 1 else min(0.0, score))
+    return scores
+
+
+def cosine(completions, prompts=None, *, completion_ids, max_new_tokens, grade=gsm8k, right=(1.0, 0.5), wrong=(-1.0, -0.5), **columns):
+    """From the first value of `right` or `wrong` for an empty completion to the second at max_new_tokens, along half a cosine.
+
+    Right answers had better be short, wrong ones long: think more when it does not work out (arXiv:2502.03373). The length is clamped
+    at max_new_tokens, or the cosine would rise again. grade: as in `length`; None where it cannot say.
+    """
+    scores = []
+    for ids, r in zip(completion_ids, grade(completions, prompts, completion_ids=completion_ids, max_new_tokens=max_new_tokens, **columns)):
+        short, long = right if r is not None and r >= 1 else wrong
+        share = min(len(ids), max_new_tokens) / max_new_tokens
+        scores.append(None if r is None else long + (short - long) * (1 + math.cos(math.pi * share)) / 2)
+    return scores
+
+
+def repetition(completions, prompts=None, *, completion_ids, n=3, worst=-1.0, **_):
+    """worst * (1 - distinct n-grams / n-grams) of the token ids: 0 when nothing is said twice, or nothing could be."""
+    scores = []
+    for ids in completion_ids:
+        grams = list(zip(*(ids[i:] for i in range(n))))
+        scores.append(worst * (1 - len(set(grams)) / len(grams)) if grams else 0.0)
+    return scores
+
+
+def overlong(completions, prompts=None, *, completion_ids, max_new_tokens, margin=None, **_):
+    """0 up to max_new_tokens - margin tokens, then a line down to -1 at max_new_tokens (DAPO, arXiv:2503.14476, Eq. 13; margin: a fifth)."""
+    margin = max_new_tokens / 5 if margin is None else margin
+    return [max(-1.0, min(0.0, (max_new_tokens - margin - len(ids)) / margin)) for ids in completion_ids]
+
+
+# -------------------------------------------------------------------------------------------------- small rules, as examples
+def words(completions, prompts=None, *, words=("because",), **_):
+    """The share of `words` that are in the completion as whole words, in any case. A column `words` (lists) gives each row its own."""
+    wanted = words if isinstance(words, list) else [words] * len(completions)
+    found = [set(re.findall(r"\w++", text_of(c)[:READ].lower())) for c in completions]
+    return [sum(w.lower() in f for w in ws) / len(ws) if ws else None for f, ws in zip(found, wanted)]
+
+
+def ends_with(completions, prompts=None, *, ending=".", **_):
+    """1 if the completion, white space at its end aside, ends with `ending`, else 0."""
+    return [float(text_of(c).rstrip().endswith(ending)) for c in completions]
+
+
+def weighted(completions, prompts=None, *, parts=((words, 0.5), (ends_with, 0.5)), **columns):
+    """Several rewards as one: the weighted sum of `parts`, pairs of function and weight; None where one of them is None."""
+    scores = zip(*(f(completions, prompts, **columns) for f, _ in parts))
+    return [None if None in row else sum(w * s for s, (_, w) in zip(row, parts)) for row in scores]
+
+
+REWARDS = {f.__name__: f for f in (gsm8k, gsm8k_lenient, arithmetic, format, tag_count, reasoning_steps, length, cosine, repetition, overlong,
+                                   words, ends_with, weighted)}
+REWARDS |= {"arithmetic_lenient": gsm8k_lenient, "last_number": gsm8k_lenient}
+LENIENT = {"gsm8k": gsm8k_lenient, "arithmetic": gsm8k_lenient}  # who is right in substance: reported beside the strict reward
+
+
+# --------------------------------------------------------------------------------------------------------------- the runner
+def resolve(rewards) -> list[tuple]:
+    """[(name or function, weight), ..] -> [(label, function, weight), ..]; labels are distinct. A bare name or function has weight 1."""
+    resolved = []
+    for entry in rewards:
+        reward, weight = entry if isinstance(entry, (tuple, list)) and len(entry) == 2 else (entry, 1.0)
+        if isinstance(reward, str) and reward not in REWARDS:
+            near = difflib.get_close_matches(reward, REWARDS, 1)
+            raise ValueError(f"unknown reward {reward!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" (known: {', '.join(REWARDS)})")
+        function = REWARDS[reward] if isinstance(reward, str) else reward
+        if not callable(function) or type(weight) not in (int, float) or not math.isfinite(weight):
+            raise ValueError(f'rewards are pairs such as ("gsm8k", 1.0), of a name or function and a finite weight, not {entry!r:.80}')
+        name = reward if isinstance(reward, str) else name_of(function)
+        taken = [label for label, _, _ in resolved]
+        label = next(new for new in (name, *(f"{name}_{i}" for i in itertools.count(2))) if new not in taken) if name in taken else name
+        resolved.append((label, function, float(weight)))
+    if not any(weight for _, _, weight in resolved):
+        raise ValueError("no reward has a weight other than 0, so there is nothing to train on")
+    return resolved
+
+
+def name_of(function) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__).strip("<>")
+
+
+def as_text(prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+
+
+def as_messages(completions, prompts) -> tuple[list, list]:
+    """Completions and prompts in TRL's conversational form where the prompt is a list of messages; text stays text."""
+    chats = [not isinstance(p, str) for p in prompts]
+    return ([[dict(role="assistant", content=c)] if chat else c for c, chat in zip(completions, chats)],
+            [[dict(m) for m in p] if chat else p for p, chat in zip(prompts, chats)])
+
+
+def score(rewards, completions, prompts, columns, *, group_size, completion_ids=None, max_new_tokens=None, reward_messages=False, timeout=60.0):
+    """Scores N completions: (parts (N, R), reward (N,)), float64 numpy arrays, NaN where a score is None.
+
+    rewards: resolve's list. prompts: each completion's, text or messages. columns: name -> N values. Every reward is called once, on the
+    whole batch; async ones run together. reward = sum of weight * part over the parts that are not None, and None only where all of them
+    are, as TRL has it; parts of weight 0 are only reported. timeout: seconds for each call (for all async ones together), None: no limit.
+
+    Raises RewardError where a reward raises, hangs, or returns anything but N numbers or None. A call runs in a thread that is left behind
+    when its time is up: unlike a signal that works in any process, but a call that never lets go of the interpreter can't be ended.
+    """
+    import numpy as np  # only here, so that the functions above can be copied out alone
+
+    N = len(completions)
+    assert len(prompts) == N and all(len(v) == N for v in columns.values()), f"{N} completions need {N} prompts and values of each column"
+    texts = as_messages(completions, prompts) if reward_messages else (completions, [as_text(p) for p in prompts])
+    known = dict(completions=texts[0], prompts=texts[1], group_size=group_size)
+    known |= {k: v for k, v in (("completion_ids", completion_ids), ("max_new_tokens", max_new_tokens)) if v is not None}
+    if clash := sorted(known.keys() & columns.keys()):
+        raise RewardError(f"the rows have a column {clash[0]!r}, which is a name that rewards get from the runner: rename the column")
+    known |= columns
+    calls = [functools.partial(f, **arguments(label, f, known)) for label, f, _ in rewards]
+    later = [i for i, call in enumerate(calls) if is_async(call.func)]
+    results = [None if i in later else in_time(call, timeout, f"reward {rewards[i][0]!r}") for i, call in enumerate(calls)]
+    if later:
+        names = ", ".join(repr(rewards[i][0]) for i in later)
+        together = in_time(functools.partial(asyncio.run, gather([calls[i] for i in later])), timeout, f"async reward {names}")
+        for i, result in zip(later, together if isinstance(together, list) else [together] * len(later)):  # sys.exit() ends the loop itself
+            results[i] = result
+    parts = [checked(label, result, N) for (label, _, _), result in zip(rewards, results)]
+    parts = np.array(parts, dtype=np.float64).reshape(len(rewards), N).T  # (N, R)
+    weights = np.array([weight for _, _, weight in rewards])
+    counted = ~np.isnan(parts) & (weights != 0)
+    reward = np.where(counted, parts * weights, 0.0).sum(1)
+    return parts, np.where(counted.any(1), reward, np.nan)
+
+
+def arguments(label: str, function, known: dict) -> dict:
+    """What `function` is called with: everything if it takes **kwargs, else what its signature names. RewardError if it wants more."""
+    parameters = inspect.signature(function).parameters.values()
+    bound = getattr(function, "keywords", {})  # what a partial has fixed stays as it is
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    required = [p.name for p in parameters if p.name in named and p.default is p.empty]
+    if named and named[0] in required and named[0] not in known:  # f(texts, questions): the first two, whatever they are called
+        known = known | {name: known[meant] for name, meant in zip(named, ("completions", "prompts")) if name in required and name not in known}
+    if lacking := [name for name in required if name not in known]:
+        raise RewardError(f"reward {label!r} wants {lacking[0]!r}, and a row gives only {', '.join(known)}")
+    return {k: list(v) if isinstance(v, list) else v for k, v in known.items() if k not in bound and (takes_all or k in named)}
+
+
+def is_async(function) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+
+
+async def gather(calls):
+    return await asyncio.gather(*(call() for call in calls), return_exceptions=True)
+
+
+def in_time(call, seconds: float | None, who: str):
+    """What call() returns or raises, or a RewardError that it took too long. The thread dies with the process, so a hung one holds nothing up."""
+    box = queue.SimpleQueue()
+    threading.Thread(target=deliver, args=(call, box), daemon=True).start()
+    try:
+        return box.get(timeout=seconds)
+    except queue.Empty:
+        raise RewardError(f"{who} took more than {seconds:g} seconds: make it faster, or raise reward_timeout") from None
+
+
+def deliver(call, box):
+    try:
+        box.put(call())
+    except BaseException as e:  # sys.exit() in a reward as well: whatever it is, it is the reward's failure
+        box.put(e)
+
+
+def checked(label: str, result, N: int) -> list[float]:
+    """N floats, NaN for None, of what a reward returned; RewardError for anything else."""
+    if isinstance(result, BaseException):
+        raise RewardError(f"reward {label!r} raised {type(result).__name__}: {result}") from result
+    if isinstance(result, (str, dict)) or not hasattr(result, "__len__") or len(result) != N:
+        size = f"{len(result)} values" if hasattr(result, "__len__") else "no list"
+        raise RewardError(f"reward {label!r} returned {size} for {N} completions: it must return a list with a number or None for each ({result!r:.80})")
+    return [math.nan if x is None else finite(label, row, x) for row, x in enumerate(result)]
+
+
+def finite(label: str, row: int, x) -> float:
+    try:
+        number = math.nan if isinstance(x, (str, bytes)) else float(x)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RewardError(f"reward {label!r} gave {x!r:.80} for row {row}: a finite number is wanted, or None for 'cannot be scored'")
+    return number
