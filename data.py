@@ -120,15 +120,16 @@ def hashed(*key) -> int:
 
 
 def worked(a: int, b: int) -> str:
-    """347 + 585 -> "<7+5+0=12,4+8+1=13,3+5+1=09>": column by column from the right; digit, digit, carry in = carry out, digit.
+    """347 + 585 -> "<750=12,481=13,351=09>": column by column from the right; digit, digit, carry in = carry out, digit.
 
-    Every column has the same eight characters and two result digits, so each character is a copy from a fixed distance or a sum of three
-    digits in sight, and so is the answer that follows: the result digits read backwards. A small transformer learns such local rules first.
+    Every column has the same six characters, so each character is a copy from a fixed distance or a sum of three digits just before it, and
+    the answer that follows is the result digits read backwards. A small transformer learns such local rules first. Tried and learnt more
+    slowly: "7+5+0=12", which has longer ways, and "7+5=12,..,3+5+1=9", which also has no fixed distances.
     """
     steps, carry, width = [], 0, len(str(max(a, b)))
     for x, y in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}")):
         total = int(x) + int(y) + carry
-        steps.append(f"{x}+{y}+{carry}={total:02d}")
+        steps.append(f"{x}{y}{carry}={total:02d}")
         carry = total // 10
     return f"<{','.join(steps)}>"
 
@@ -184,16 +185,14 @@ def jsonl(*, data_dir, eval_problems, train_file=None, eval_file=None):
     """
     if not train_file:
         raise ValueError("the task 'jsonl' needs train_file=FILE, one JSON object with a `prompt` a line")
-    train = read_jsonl(train_file, data_dir)
+    train = read_jsonl(train_file, data_dir, least=1 if eval_file else 2)
     if eval_file:
-        return train, read_jsonl(eval_file, data_dir)[:eval_problems]
-    if len(train) < 2:
-        raise ValueError(f"{train_file} has one row, so none can be held out: give eval_file=FILE, or more rows")
+        return train, read_jsonl(eval_file, data_dir, least=1)[:eval_problems]
     n = max(1, min(len(train) // 10, eval_problems))
     return train[:-n], train[-n:]
 
 
-def read_jsonl(path: str, data_dir: str) -> list[dict]:
+def read_jsonl(path: str, data_dir: str, least: int) -> list[dict]:
     """Rows of a file, looked for as it is named and in data_dir. ValueError names the line that cannot be used."""
     found = next(filter(Path.is_file, (Path(path), Path(data_dir, path))), None)
     if found is None:
@@ -207,8 +206,8 @@ def read_jsonl(path: str, data_dir: str) -> list[dict]:
         if not isinstance(row, dict) or not is_prompt(row.get("prompt")):
             raise ValueError(f'{found}, line {number}: needs a `prompt`, text or [{{"role": "user", "content": "text"}}, ..], and is {row!r:.150}')
         rows.append(row)
-    if not rows:
-        raise ValueError(f"{found} has no rows")
+    if len(rows) < least:
+        raise ValueError(f"{found} has {len(rows)} rows, and {least} are needed, one of them to be held out where there is no eval_file")
     return rows
 
 
@@ -258,7 +257,7 @@ def encode(tokenizer, text: str, *, special: bool = False) -> list[int]:
     try:
         return tokenizer.encode(text, add_special_tokens=special)
     except Exception as e:  # tokenizers raises nothing narrower
-        unknown = "".join(sorted(set(text) - set(tokenizer.get_vocab())))
+        unknown = "".join(c for c in dict.fromkeys(text) if c not in tokenizer.get_vocab())
         raise ValueError(f"the tokenizer cannot encode {text!r:.80}: its alphabet lacks the characters {unknown!r} ({e})") from e
 
 

@@ -53,9 +53,9 @@ def gold(answer) -> Decimal | None:
 
 
 def marked_number(text: str) -> Decimal | None:
-    """The number after the last "####" that has one. Ten of them without a number end the search: that is no answer."""
+    """The number after the last "####" that has one. A hundred of them without a number end the search."""
     at = len(text)
-    for _ in range(10):
+    for _ in range(100):
         at = text.rfind("####", 0, at)
         match = MARKED.match(text, at + 4) if at >= 0 else None
         if match or at < 0:
@@ -121,7 +121,7 @@ def tag_count(completions, prompts=None, *, tags=TAGS, **_):
     return [sum(text_of(c).count(tag) == 1 for tag in tags) / len(tags) for c in completions]
 
 
-READ = 50_000  # the two rewards below that search for patterns look no further than this many characters
+READ = 30_000  # the two rewards below that search for patterns look no further than this many characters
 
 # A list marker at the start of a line, with or without a step word after it, or a step word anywhere.
 STEP_WORD = r"(?:Step [0-9]{1,3}:|(?:First|Second|Third|Next|Then|Finally|Lastly),)"
@@ -215,9 +215,8 @@ def resolve(rewards) -> list[tuple]:
         function = REWARDS[reward] if isinstance(reward, str) else reward
         if not callable(function) or type(weight) not in (int, float) or not math.isfinite(weight):
             raise ValueError(f'rewards are pairs such as ("gsm8k", 1.0), of a name or function and a finite weight, not {entry!r:.80}')
-        name = reward if isinstance(reward, str) else name_of(function)
-        taken = [label for label, _, _ in resolved]
-        label = next(new for new in (name, *(f"{name}_{i}" for i in itertools.count(2))) if new not in taken) if name in taken else name
+        name, taken = reward if isinstance(reward, str) else name_of(function), [label for label, _, _ in resolved]
+        label = next(new for new in (name if i == 1 else f"{name}_{i}" for i in itertools.count(1)) if new not in taken)
         resolved.append((label, function, float(weight)))
     if not any(weight for _, _, weight in resolved):
         raise ValueError("no reward has a weight other than 0, so there is nothing to train on")
@@ -319,10 +318,10 @@ def deliver(call, box):
 def checked(label: str, result, N: int) -> list[float]:
     """N floats, NaN for None, of what a reward returned; RewardError for anything else."""
     if isinstance(result, BaseException):
-        raise RewardError(f"reward {label!r} raised {type(result).__name__}: {result}") from result
+        raise RewardError(f"reward {label!r} raised {type(result).__name__}: {short(result)}") from result
     if isinstance(result, (str, dict)) or not hasattr(result, "__len__") or len(result) != N:
         size = f"{len(result)} values" if hasattr(result, "__len__") else "no list"
-        raise RewardError(f"reward {label!r} returned {size} for {N} completions: it must return a list with a number or None for each ({result!r:.80})")
+        raise RewardError(f"reward {label!r} returned {size} for {N} completions: it must return a list with a number or None for each ({short(result)})")
     return [math.nan if x is None else finite(label, row, x) for row, x in enumerate(result)]
 
 
@@ -332,5 +331,11 @@ def finite(label: str, row: int, x) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise RewardError(f"reward {label!r} gave {x!r:.80} for row {row}: a finite number is wanted, or None for 'cannot be scored'")
+        raise RewardError(f"reward {label!r} gave {short(x)} for row {row}: a finite number is wanted, or None for 'cannot be scored'")
     return number
+
+
+def short(value) -> str:
+    """What a reward gave or raised, on one line: arrays and messages may have many."""
+    text = " ".join((str if isinstance(value, BaseException) else repr)(value).split())
+    return text if len(text) <= 160 else text[:160] + ".."

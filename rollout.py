@@ -15,18 +15,23 @@ What a row draws depends on (seed, step, prompt, sample, position) and on its lo
 Dims: B prompts, G rows a prompt, N = B*G rows, n live rows, g live groups, m rows of a group at most, P prompt length, C own
 length, L layers, H query heads, K key/value heads, R = H / K, E head width, V vocabulary.
 """
+import math
 import sys
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from kernels.logprob import logits_fp32, truncate_
-from kernels.sample import draw, greedy, uniforms
+from kernels.packed_linear import packed
+from kernels.sample import draw, greedy, token_keys
 from model import Packed
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations
+PACK_STEPS = 16  # completions that may be longer than this are sampled on packed weights (kernels/packed_linear.py)
 
 
 @dataclass
@@ -47,7 +52,7 @@ class Cache:
 
     def __init__(self, model, *, groups: int, slots: int, prompt_tokens: int, new_tokens: int):
         s, kw = model.shape, dict(dtype=model.dtype, device=model.device)
-        self.P = prompt_tokens
+        self.P, self.C = prompt_tokens, new_tokens
         # zeros, not empty: a masked key has weight 0, and 0 times a NaN found in memory is NaN
         self.prompt_k, self.prompt_v = (torch.zeros(s.L, groups, s.K, prompt_tokens, s.E, **kw) for _ in range(2))
         self.own_k, self.own_v = (torch.zeros(s.L, slots, s.K, new_tokens, s.E, **kw) for _ in range(2))
@@ -55,7 +60,8 @@ class Cache:
     def bytes(self) -> int:
         return sum(t.nbytes for t in (self.prompt_k, self.prompt_v, self.own_k, self.own_v))
 
-    def move_row(self, source: int, target: int, length: int):
+    def move_rows(self, source, target, length: int):
+        """The first `length` own keys of slots source (i,) go to slots target (i,)."""
         for t in (self.own_k, self.own_v):
             t[:, target, :, :length] = t[:, source, :, :length]
 
@@ -71,7 +77,37 @@ def cache_bytes(shape, itemsize: int, *, groups: int, slots: int, prompt_tokens:
 
 def group_places(slots: int, group_size: int, prompts: int) -> int:
     """How many prompts lie in the cache at once: twice the groups that fill the slots, since groups end raggedly, and one being filled."""
-    return min(prompts, 2 * -(-slots // group_size) + 1)
+    return min(prompts, (1 if group_size == 1 else 2) * -(-slots // group_size) + 1)
+
+
+def free_bytes(device) -> float:
+    """Memory that can still be had on the device; infinite where it cannot be asked."""
+    if device.type == "cuda":  # what the driver has, and what torch holds and does not use
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as f:
+            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def plan_slots(shape, itemsize: int, free: float, *, slots: int, group_size: int, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
+    """The most slots, up to `slots`, whose cache and logits fit in `free` bytes; says so when that is fewer. ValueError if not even one does.
+
+    Beside the cache a slot has three rows of fp32 numbers as wide as the vocabulary at once: logits, probabilities, and what truncation needs.
+    """
+    fit, need = slots, []
+    while fit:
+        cache = cache_bytes(shape, itemsize, groups=group_places(fit, group_size, prompts), slots=fit, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        need.append(cache + 3 * 4 * shape.V * fit)
+        if need[-1] <= free:
+            break
+        fit -= -(-fit // 8)
+    if not fit:
+        raise ValueError(f"sampling one row at a time needs {need[-1] / 1e9:.2f} GB and {free / 1e9:.2f} GB is free: lower max_new_tokens or use shorter prompts")
+    if fit < slots:
+        print(f"sampling {slots} rows at once would need {need[0] / 1e9:.1f} GB and {free / 1e9:.1f} GB is free: {fit} rows at once")
+    return fit
 
 
 class Prefill(Packed):
@@ -101,8 +137,11 @@ class Decode:
     def __init__(self, cache: Cache, slots: int, device, dtype):
         self.cache, self.n, self.g, self.m, self.c = cache, 0, 0, 0, 0
         # additive mask over [prompt | own] keys of each slot; own keys open one by one as they are written
-        self.mask = torch.full((slots, 1, 1, cache.P + cache.own_k.shape[3]), float("-inf"), dtype=dtype, device=device)
+        self.mask = torch.full((slots, 1, 1, cache.P + cache.C), float("-inf"), dtype=dtype, device=device)
+        self.key_position = torch.arange(cache.P, device=device)
         self.slots = torch.arange(slots, device=device)
+        K = cache.own_k.shape[2]
+        self.first_key = torch.arange(slots * K, device=device).view(slots, K) * cache.C  # of each slot and key head, as if own_k were flat
 
     def compose(self, groups: list[int]):
         """Lays the grid for live rows whose groups' places are `groups`; called when a row leaves or enters."""
@@ -115,37 +154,44 @@ class Decode:
             for i, row in enumerate(rows):
                 grid[group * self.m + i] = row
                 back[row] = group * self.m + i
+        # whole groups in order are a grid already: four gathers a layer less, 10-20 % of attend
+        self.is_grid = grid == list(range(self.n))
         self.grid, self.back = (torch.tensor(x, device=self.mask.device) for x in (grid, back))
 
-    def enter(self, slot: int, prompt_length: int):
-        """Opens a slot for a new row: it sees its prompt and nothing of its own yet."""
-        self.mask[slot] = float("-inf")
-        self.mask[slot, ..., :prompt_length] = 0.0
+    def enter(self, slots, prompt_lengths):
+        """Opens slots (i,) for new rows: each sees its prompt, prompt_lengths (i,), and nothing of its own yet."""
+        self.mask[slots] = float("-inf")
+        self.mask[slots, 0, 0, : self.cache.P] = torch.where(self.key_position < prompt_lengths[:, None], 0.0, float("-inf")).to(self.mask.dtype)
 
     def advance(self, own, longest: int):
         """Before a step: own (n,) is how many tokens each row has in its slot, longest the most of them; their next key opens."""
-        self.own, self.c = own, longest + 1
+        self.c, self.write = longest + 1, (self.first_key[: self.n] + own[:, None]).flatten()
         self.mask[self.slots[: self.n], 0, 0, self.cache.P + own] = 0.0
 
     def attend(self, layer, q, k, v):
         """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
         (n, H, E), (_, K, _), g, m, c, P = q.shape, k.shape, self.g, self.m, self.c, self.cache.P
-        R, slots = H // K, self.slots[:n]
-        own_k, own_v = self.cache.own_k[layer], self.cache.own_v[layer]
-        own_k[slots, :, self.own], own_v[slots, :, self.own] = k, v
+        R, own_k, own_v = H // K, self.cache.own_k[layer], self.cache.own_v[layer]
+        own_k.view(-1, E).index_copy_(0, self.write, k.reshape(n * K, E))  # as [slots, :, own] = k, in 0.7x of the time
+        own_v.view(-1, E).index_copy_(0, self.write, v.reshape(n * K, E))
         own_k, own_v = own_k[:n, :, :c].flatten(0, 1), own_v[:n, :, :c].flatten(0, 1)  # (n*K, c, E), views
         prompt_k, prompt_v = self.cache.prompt_k[layer][:g].flatten(0, 1), self.cache.prompt_v[layer][:g].flatten(0, 1)  # (g*K, P, E)
 
         q = q * E**-0.5
         own = torch.bmm(q.reshape(n * K, R, E), own_k.transpose(1, 2)).view(n, K, R, c)
-        on_grid = q.index_select(0, self.grid).view(g, m, K, R, E).transpose(1, 2).reshape(g * K, m * R, E)
-        prompt = torch.bmm(on_grid, prompt_k.transpose(1, 2)).view(g, K, m, R, P).transpose(1, 2).reshape(g * m, K, R, P).index_select(0, self.back)
+        on_grid = self.to_grid(q).view(g, m, K, R, E).transpose(1, 2).reshape(g * K, m * R, E)
+        prompt = self.from_grid(torch.bmm(on_grid, prompt_k.transpose(1, 2)).view(g, K, m, R, P).transpose(1, 2).reshape(g * m, K, R, P))
         # one softmax over both parts: a row's keys are its prompt's and its own
         w = torch.cat([prompt, own], -1).add_(self.mask[:n, ..., : P + c]).softmax(-1)
         out = torch.bmm(w[..., P:].reshape(n * K, R, c), own_v).view(n, H, E)
-        on_grid = w[..., :P].index_select(0, self.grid).view(g, m, K, R, P).transpose(1, 2).reshape(g * K, m * R, P)
-        prompt = torch.bmm(on_grid, prompt_v).view(g, K, m, R, E).transpose(1, 2).reshape(g * m, H, E).index_select(0, self.back)
-        return out.add_(prompt)
+        on_grid = self.to_grid(w[..., :P]).view(g, m, K, R, P).transpose(1, 2).reshape(g * K, m * R, P)
+        return out.add_(self.from_grid(torch.bmm(on_grid, prompt_v).view(g, K, m, R, E).transpose(1, 2).reshape(g * m, H, E)))
+
+    def to_grid(self, x):
+        return x if self.is_grid else x.index_select(0, self.grid)
+
+    def from_grid(self, x):
+        return x if self.is_grid else x.index_select(0, self.back)
 
 
 class Progress:
@@ -177,29 +223,34 @@ def generate(model, prompts, *, group_size, max_new_tokens, stop_ids, temperatur
 
     Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
     """
-    check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots)
-    sampler = Sampler(model, prompts, group_size, max_new_tokens, set(stop_ids), (temperature, top_k, top_p, min_p), slots,
-                      (seed, step, range(len(prompts)) if prompt_numbers is None else prompt_numbers), label)
+    numbers = list(range(len(prompts)) if prompt_numbers is None else prompt_numbers)
+    check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers)
+    limits = [min(max_new_tokens, model.shape.context - len(p)) for p in prompts for _ in range(group_size)]
+    sampler = Sampler(model, prompts, group_size, limits, stop_ids, (temperature, top_k, top_p, min_p), slots, (seed, step, numbers), label)
     return sampler.run()
 
 
 class Sampler:
-    """One call of `generate`: the queue, the rows in slots, and what they have drawn so far."""
+    """One call of `generate`: the queue, the rows in slots, and what they have drawn so far.
 
-    def __init__(self, model, prompts, group_size, max_new_tokens, stop_ids, policy, slots, key, label):
+    limits: N, the longest completion of each row; policy: temperature, top_k, top_p, min_p; key: seed, step and the prompts' numbers.
+    """
+
+    def __init__(self, model, prompts, group_size, limits, stop_ids, policy, slots, key, label):
         B, G, dev = len(prompts), group_size, model.device
-        self.model, self.prompts, self.G, self.stop_ids = model, prompts, G, stop_ids
+        self.model, self.prompts, self.G, self.limits, self.stop_ids = model, prompts, G, limits, set(stop_ids)
         self.temperature, self.top_k, self.top_p, self.min_p = policy
-        self.slots = min(slots or 256, B * G)
-        self.limits = [min(max_new_tokens, model.shape.context - len(p)) for p in prompts]
         # the last token of a row is never read back, so a slot holds one key fewer than the row may have tokens
-        sizes = dict(groups=group_places(self.slots, G, B), slots=self.slots, prompt_tokens=max(map(len, prompts)), new_tokens=max(1, max(self.limits) - 1))
-        self.cache, self.places = Cache(model, **sizes), sizes["groups"]
+        sizes = dict(prompt_tokens=max(map(len, prompts)), new_tokens=max(1, max(limits) - 1))
+        # a fifth of the free memory is left to the activations, and to what else grows in the process
+        self.slots = plan_slots(model.shape, model.embed.itemsize, 0.8 * free_bytes(dev), slots=min(slots or 256, B * G), group_size=G, prompts=B, **sizes)
+        self.places = group_places(self.slots, G, B)
+        self.cache = Cache(model, groups=self.places, slots=self.slots, **sizes)
         self.plan = Decode(self.cache, self.slots, dev, model.dtype)
-        # every random number of the batch at once: ten rounds of integer arithmetic a token would be a third of a small model's step
+        # every key of the batch at once: ten rounds of integer arithmetic a token would be a third of a small model's step
         seed, step, numbers = key
-        self.u = uniforms(seed, step, torch.tensor(numbers)[:, None, None], torch.arange(G)[None, :, None],
-                          torch.arange(max(self.limits))[None, None]).view(B * G, -1).to(dev)
+        self.keys = token_keys(seed, step, torch.tensor(numbers)[:, None, None], torch.arange(G)[None, :, None],
+                               torch.arange(max(limits) if self.temperature else 0)).view(B * G, -1).to(dev)
         self.ids, self.logprobs, self.stopped = ([[] for _ in range(B * G)], [[] for _ in range(B * G)], [False] * (B * G))
         self.queue = deque(range(B))  # prompts not prefilled yet
         self.waiting = deque()  # rows that have their first token and no slot
@@ -209,116 +260,139 @@ class Sampler:
         # of each slot: its row, the token to feed, how many own tokens are in the cache, its prompt's length
         self.row, self.token, self.own, self.prompt_length = (torch.zeros(self.slots, dtype=torch.long, device=dev) for _ in range(4))
         self.slot_steps = self.done = self.drawn = 0
-        self.changed = False  # rows came or went since the decode plan was composed
         self.progress, self.start = Progress(B * G, label), time.perf_counter()
 
     @torch.no_grad()
     def run(self) -> Rollout:
-        self.seat([])
-        while self.live:
-            self.seat(self.decode())
+        # copying the weights takes as long as a dozen steps save
+        with packed(self.model) if max(self.limits) >= PACK_STEPS else nullcontext() as head:
+            self.head = head or partial(logits_fp32, weight=self.model.head)
+            self.seat([])
+            while self.live:
+                self.seat(self.decode())
         self.progress.close()
-        stats = dict(seconds=time.perf_counter() - self.start, tokens=self.drawn, slot_steps=self.slot_steps,
-                     useful_slot_steps=self.drawn - len(self.ids), cache_bytes=self.cache.bytes())
+        stats = dict(seconds=time.perf_counter() - self.start, tokens=self.drawn, slot_steps=self.slot_steps, useful_slot_steps=self.drawn - len(self.ids),
+                     slots=self.slots, cache_bytes=self.cache.bytes())
         return Rollout(self.ids, self.logprobs, self.stopped, stats)
 
     def decode(self) -> list[int]:
         """One token for every live row. Returns the slots whose rows are finished."""
         n = len(self.live)
         own, rows = self.own[:n], self.row[:n]
-        longest = max(len(self.ids[row]) for row in self.live)
-        self.plan.advance(own, longest - 1)  # a row has drawn one token more than it has keys
+        self.plan.advance(own, max([len(self.ids[row]) for row in self.live]) - 1)  # a row has drawn one token more than it has keys
         hidden = self.model(self.token[:n], self.prompt_length[:n] + own, self.plan)
         own += 1
         token, logp = self.choose(hidden, rows, own)
         self.token[:n] = token
-        self.slot_steps += self.slots if self.queue or self.waiting else n
-        finished = [self.record(row, t, lp) for row, t, lp in zip(self.live, token.tolist(), logp.tolist())]
-        self.progress.show(self.done, self.drawn)
-        return [slot for slot, end in enumerate(finished) if end]
+        self.slot_steps += self.slots if self.queue or self.waiting else n  # an empty slot is waste while somebody waits for it
+        return self.record(self.live, token, logp)
 
-    def choose(self, hidden, rows, t):
-        """Draws token number t (n,) of each row from its hidden state (n, D) -> ids (n,), log-probabilities (n,)."""
-        logits = logits_fp32(hidden, self.model.head)
-        if self.temperature == 0:
-            return greedy(logits)
-        if self.temperature != 1.0:
+    def choose(self, hidden, rows, t, times=1):
+        """Draws token number t of each row from its hidden state -> ids (n,), log-probabilities (n,).
+
+        rows, t (n,); hidden (n / times, D): the first tokens of a group are `times` draws from the same logits.
+        """
+        logits = self.head(hidden)
+        if self.temperature not in (0, 1):
             logits.div_(self.temperature)
-        return draw(truncate_(logits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p), self.u[rows, t])
+        if self.temperature and (self.top_k or self.top_p < 1 or self.min_p):
+            truncate_(logits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        if times > 1:
+            logits = logits.repeat_interleave(times, 0)
+        return draw(logits, self.keys[rows, t]) if self.temperature else greedy(logits)
 
-    def record(self, row: int, token: int, logp: float) -> bool:
-        """Notes what a row drew; True when that was its last."""
-        b = row // self.G
-        self.ids[row].append(token)
-        self.logprobs[row].append(logp)
-        self.drawn += 1
-        self.stopped[row] = token in self.stop_ids
-        finished = self.stopped[row] or len(self.ids[row]) == self.limits[b]
-        if finished:
-            self.changed = True
-            self.done += 1
-            self.left[b] -= 1
-            if not self.left[b]:  # nobody reads this prompt any more: the last one takes its place
-                place, last = self.placed.index(b), self.placed.pop()
-                if last != b:
-                    self.cache.move_group(len(self.placed), place)
-                    self.placed[place] = last
-        return finished
+    def record(self, rows: list[int], token, logp) -> list[int]:
+        """Notes what each row drew. Returns the indices of the rows for which that was the last, and closes their accounts."""
+        tokens, logps = token.tolist(), logp.tolist()
+        if not math.isfinite(sum(logps)):
+            raise FloatingPointError("the model's logits are not finite: its weights are broken (a learning rate too high, or a damaged checkpoint)")
+        ended = []
+        for i, row in enumerate(rows):
+            ids = self.ids[row]
+            ids.append(tokens[i])
+            self.logprobs[row].append(logps[i])
+            if tokens[i] in self.stop_ids or len(ids) == self.limits[row]:
+                self.stopped[row] = tokens[i] in self.stop_ids
+                ended.append(i)
+        for i in ended:
+            self.leave(rows[i] // self.G)
+        self.drawn += len(rows)
+        self.done += len(ended)
+        self.progress.show(self.done, self.drawn)
+        return ended
+
+    def leave(self, b: int):
+        """A row of prompt b is finished. When it was the last, nobody reads the prompt any more: the last one placed takes its place."""
+        self.left[b] -= 1
+        if not self.left[b]:
+            place, last = self.placed.index(b), self.placed.pop()
+            if last != b:
+                self.cache.move_group(len(self.placed), place)
+                self.placed[place] = last
 
     def seat(self, free: list[int]):
         """Gives free slots to waiting rows, prefilling prompts for them as needed; what stays free is closed up."""
-        vacant = len(free) + self.slots - len(self.live)
-        while self.queue and len(self.waiting) < vacant and len(self.placed) < self.places:
-            self.prefill(vacant - len(self.waiting))
-        while self.waiting and (free or len(self.live) < self.slots):
-            row = self.waiting.popleft()
-            if not free:
-                self.live.append(row)
-            self.enter(free.pop() if free else len(self.live) - 1, row)
-        for slot in sorted(free, reverse=True):
-            row, last = self.live.pop(), len(self.live)
-            if slot != last:
-                self.live[slot] = row
-                self.cache.move_row(last, slot, int(self.own[last]))
-                for x in (self.row, self.token, self.own, self.prompt_length, self.plan.mask):
-                    x[slot] = x[last]
-        if self.live and self.changed:  # the grid costs about as much as one layer, so it is laid again only when rows came or went
+        vacant = free + list(range(len(self.live), self.slots))
+        while self.queue and len(self.waiting) < len(vacant) and len(self.placed) < self.places:
+            self.prefill(len(vacant) - len(self.waiting))
+        taken, empty = vacant[: len(self.waiting)], free[len(self.waiting) :]
+        if taken:
+            self.enter(taken, [self.waiting.popleft() for _ in taken])
+        if empty:
+            self.close_up(empty)
+        if self.live and (taken or free):  # the grid costs about as much as a layer, so it is laid again only when rows came or went
             place = {b: i for i, b in enumerate(self.placed)}
             self.plan.compose([place[row // self.G] for row in self.live])
-            self.changed = False
 
-    def enter(self, slot: int, row: int):
-        """Puts a row whose first token is drawn into a slot."""
-        P = len(self.prompts[row // self.G])
-        self.live[slot], self.changed = row, True
-        self.row[slot], self.token[slot], self.own[slot], self.prompt_length[slot] = row, self.ids[row][0], 0, P
-        self.plan.enter(slot, P)
+    def enter(self, slots: list[int], rows: list[int]):
+        """Puts rows whose first token is drawn into slots."""
+        for slot, row in zip(slots, rows):
+            self.live[slot : slot + 1] = [row]  # a new slot is always the next one
+        prompts = [len(self.prompts[row // self.G]) for row in rows]
+        slot, row, token, length = torch.tensor([slots, rows, [self.ids[row][0] for row in rows], prompts], device=self.row.device)
+        self.row[slot], self.token[slot], self.own[slot], self.prompt_length[slot] = row, token, 0, length
+        self.plan.enter(slot, length)
+
+    def close_up(self, empty: list[int]):
+        """The last live rows move into empty slots, so that live rows are slots 0..n-1 again."""
+        n, gone = len(self.live) - len(empty), set(empty)
+        holes, movers = [s for s in empty if s < n], [s for s in range(n, len(self.live)) if s not in gone]
+        if holes:
+            for hole, mover in zip(holes, movers):
+                self.live[hole] = self.live[mover]
+            source, target = torch.tensor([movers, holes], device=self.row.device)
+            self.cache.move_rows(source, target, self.plan.c)
+            for x in (self.row, self.token, self.own, self.prompt_length, self.plan.mask):
+                x[target] = x[source]
+        del self.live[n:]
 
     def prefill(self, wanted: int):
         """Prefills whole groups, as many as `wanted` rows and the cache's places ask for; their first tokens are drawn, they wait."""
-        batch, tokens = [], 0
+        batch, tokens, first = [], 0, len(self.placed)
         while self.queue and len(batch) * self.G < wanted and len(self.placed) < self.places and (
                 not batch or tokens + len(self.prompts[self.queue[0]]) <= PREFILL_TOKENS):
             batch.append(self.queue.popleft())
             tokens += len(self.prompts[batch[-1]])
             self.placed.append(batch[-1])
-        plan = Prefill(self.model, [self.prompts[b] for b in batch], self.cache, list(range(len(self.placed) - len(batch), len(self.placed))))
+        plan = Prefill(self.model, [self.prompts[b] for b in batch], self.cache, list(range(first, len(self.placed))))
         hidden = self.model(plan.ids, plan.positions, plan)[plan.last]  # (groups, D)
-        for b, h in zip(batch, hidden):
-            rows = torch.arange(b * self.G, (b + 1) * self.G, device=h.device)
-            # all G rows draw from one row of logits, each with its own random number
-            token, logp = self.choose(h.expand(self.G, -1), rows, torch.zeros_like(rows))
-            ended = [self.record(*x) for x in zip(rows.tolist(), token.tolist(), logp.tolist())]
-            self.waiting.extend(row for row, end in zip(rows.tolist(), ended) if not end)
+        rows = [row for b in batch for row in range(b * self.G, (b + 1) * self.G)]
+        row = torch.tensor(rows, device=hidden.device)
+        ended = set(self.record(rows, *self.choose(hidden, row, torch.zeros_like(row), times=self.G)))
+        self.waiting.extend(row for i, row in enumerate(rows) if i not in ended)
 
 
-def check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots):
+def check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers):
     """Raises ValueError, in one sentence, for what `generate` cannot do."""
     if not prompts:
         raise ValueError("there is no prompt to sample from")
+    if len(numbers) != len(prompts):
+        raise ValueError(f"{len(numbers)} prompt_numbers for {len(prompts)} prompts: each prompt needs its own")
     for b, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {b} is empty: at least one token must come before a completion")
+        if min(prompt) < 0 or max(prompt) >= model.shape.V:
+            raise ValueError(f"prompt {b} has ids from {min(prompt)} to {max(prompt)} and the model knows 0 to {model.shape.V - 1}: was it made by another tokenizer?")
         if len(prompt) >= model.shape.context:
             raise ValueError(f"prompt {b} has {len(prompt)} tokens and the model's context is {model.shape.context}: nothing could be sampled after it")
     for name, value, good in (("group_size", group_size, group_size >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),

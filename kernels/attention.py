@@ -48,46 +48,44 @@ class Buckets:
 
     def __init__(self, segments: list[Segment], R: int, *, dtype, device):
         self.queries, self.keys, self.shape, self.mask = [], [], [], []
-        order = sorted((s for s in segments if s[1]), key=lambda s: (s[1], s[1] + s[3]), reverse=True)
-        T, offset = sum(s[1] for s in order), 0
-        back = torch.empty(T, dtype=torch.long)
-        while order:
-            n = bucket_size(order)
-            bucket, order = torch.tensor(order[:n]), order[n:]
+        offset = 0
+        back = torch.empty(sum(length for _, length, _, _ in segments), dtype=torch.long)
+        # near in queries, and among those near in keys: sorted by one of them only, a long prompt would stretch short ones
+        queries_alike = alike([s for s in segments if s[1]], lambda s: s[1])
+        for bucket in (b for a in queries_alike for b in alike(a, lambda s: s[1] + s[3])):
+            n, bucket = len(bucket), torch.tensor(bucket)
             start, length, prompt_start, prompt_length = bucket[:, :, None].unbind(1)  # each (n, 1)
-            c, p = int(length.max()), int(prompt_length.max())
-            i, j = torch.arange(c)[None], torch.arange(p)[None]
-            own = start + torch.minimum(i, length - 1)  # (n, c): past the end, the last real token again
-            # a segment without a prompt points at its own first token there: any real token will do, the mask hides it
-            prompt = torch.where(j < prompt_length, prompt_start + j, start)  # (n, p)
-            seen_prompt = (j < prompt_length)[:, None].expand(n, c, p)
-            seen_own = (i[:, None] <= i[..., None]) & (i < length)[:, None]  # (n, c, c): causal, and real
-            seen = torch.cat([seen_prompt, seen_own], 2)
-            mask = torch.zeros(n, 1, c, p + c, dtype=dtype).masked_fill_(~seen[:, None], float("-inf"))
+            c, t = int(length.max()), int((length + prompt_length).max())
+            i, j = torch.arange(c)[None], torch.arange(t)[None]
+            last = length - 1  # past the end of a segment, its last token again
+            own = start + torch.minimum(i, last)  # (n, c)
+            keys = torch.where(j < prompt_length, prompt_start + j, start + torch.minimum(j - prompt_length, last))  # (n, t): prompt, own, padding
+            # one line is causality and hides the padding: no real query comes after the last real key
+            seen = j[:, None] <= i[..., None] + prompt_length[..., None]  # (n, c, t)
+            mask = torch.zeros(n, 1, c, t, dtype=dtype).masked_fill_(~seen[:, None], float("-inf"))
             self.queries.append(own.reshape(-1).to(device))
-            self.keys.append(torch.cat([prompt, own], 1).reshape(-1).to(device))
+            self.keys.append(keys.reshape(-1).to(device))
             self.mask.append(mask.repeat_interleave(R, 2).to(device))
-            self.shape.append((n, c, p + c))
+            self.shape.append((n, c, t))
             real = i < length
             back[own[real]] = offset + (torch.arange(n)[:, None] * c + i)[real]
             offset += n * c
         self.back = back.to(device)
 
 
-def bucket_size(order: list[Segment]) -> int:
-    """How many of the first segments of `order` (longest first) are near enough in size to be stacked.
+def alike(segments: list[Segment], size) -> list[list[Segment]]:
+    """Cuts segments into runs near enough in size(segment) to be stacked, largest first.
 
-    Near: at most a quarter of the queries and of the keys is padding, or fewer than 16 tokens, which cost less than
-    another call does.
+    Near: at most a quarter of the stack is padding, or fewer than 16 tokens a segment, which cost less than another call.
     """
-    c, t = order[0][1], order[0][1] + order[0][3]
-    n = 1
-    for _, length, _, prompt_length in order[1:]:
-        t = max(t, length + prompt_length)
-        if length < min(0.75 * c, c - 16) or length + prompt_length < min(0.75 * t, t - 16):
-            break
-        n += 1
-    return n
+    runs = []
+    for segment in sorted(segments, key=size, reverse=True):
+        largest = size(runs[-1][0]) if runs else 0
+        if runs and size(segment) >= min(0.75 * largest, largest - 16):
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    return runs
 
 
 def attention(q, k, v, buckets: Buckets):

@@ -4,23 +4,27 @@
     dlogp/dz = onehot(y) - p     dentropy/dz_j = -p_j (log p_j + entropy)
 
 At 8,192 tokens and 151,936 words the logits alone are 5 GB in fp32, and log_softmax with autograd keeps three of them.
-Here a chunk of rows lives at a time: the forward keeps two numbers a row, the backward makes the chunk's logits again
-(one matmul more) and turns them into their own gradient in place.
+Here a chunk of rows lives at a time, as logits z and as probabilities p. What the backward needs depends on who learns:
+
+    hidden states only (LoRA: the head is frozen)  dlogp/dh = (W[y] - p W) / temperature is one vector a row. The forward makes
+                                                   it while p is there, the backward multiplies it by dlogp: 4 M D V operations
+    the head too, or the entropy has a gradient    the backward makes the chunk's logits again: 8 M D V (6 without dW)
 
 Truncated sampling (top-k, top-p, min-p) is scored on the set it kept: words outside have probability 0 and no
 gradient. Scoring such samples over the whole vocabulary instead biases every ratio by the kept mass.
 
-Dims: M rows, D width, V vocabulary.
+Dims: M rows, D width, V vocabulary, m rows of a chunk.
 """
 import torch
 
-CHUNK_BYTES = 1 << 26  # fp32 logits alive at once; 64 MiB keeps two CPU cores busy and is 110 rows of a 151,936-word vocabulary
+CHUNK_BYTES = 1 << 26  # fp32 logits alive at once; 64 MiB is 341 rows of 49,152 words: fewer rows made the matmul slower (16 MiB: 1.2x)
 
 
 def logprob_ref(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """The definition, by whole logits and autograd, in the dtype given; arguments and results as `logprob`."""
     logits = (hidden @ weight.t()) / temperature
-    truncate_(logits.detach(), top_k=top_k, top_p=top_p, min_p=min_p, keep=targets)  # same storage: logits are truncated too
+    kept = truncate_(logits.detach().clone(), top_k=top_k, top_p=top_p, min_p=min_p, keep=targets) > float("-inf")
+    logits = logits.masked_fill(~kept, float("-inf"))
     logp = logits.log_softmax(-1)
     p = logp.exp()
     entropy = -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
@@ -35,7 +39,9 @@ def logprob(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min
     """
     (M, D), (V, D2) = hidden.shape, weight.shape
     assert D == D2 and targets.shape == (M,), f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
-    return _LogProb.apply(hidden, weight, targets, temperature, (top_k, top_p, min_p))
+    # asked here, because inside an autograd.Function gradients are always off
+    frozen_head = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
+    return _LogProb.apply(hidden, weight, targets, temperature, (top_k, top_p, min_p), frozen_head)
 
 
 def logits_fp32(hidden, weight):
@@ -72,23 +78,35 @@ def truncate_(logits, *, top_k=0, top_p=1.0, min_p=0.0, keep=None):
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, truncation):
+    def forward(ctx, hidden, weight, targets, temperature, truncation, frozen_head):
         M, V = len(hidden), len(weight)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logp, lse, entropy = (torch.empty(M, dtype=dtype, device=hidden.device) for _ in range(3))
+        slope = torch.empty_like(hidden) if frozen_head else None  # dlogp/dh, (M, D)
         for rows in chunks(M, V):
-            z = scaled_logits(hidden[rows], weight, targets[rows], temperature, truncation)
-            lse[rows] = z.logsumexp(-1)
-            logp[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
-            entropy[rows] = _entropy_(z, lse[rows])
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+            y = targets[rows, None]
+            z = scaled_logits(hidden[rows], weight, targets[rows], temperature, truncation)  # (m, V)
+            top = z.amax(-1, keepdim=True)
+            p = z.sub_(top).exp()  # not yet divided by its sum
+            total = p.sum(-1, keepdim=True)
+            logp[rows] = (z.gather(1, y) - total.log())[:, 0]
+            lse[rows] = (top + total.log())[:, 0]
+            # a word outside the kept set has p = 0 and z = -inf, whose product is nan; 0 * -1e30 is the 0 it should be
+            z = z.clamp_(min=-1e30) if any_truncation(truncation) else z
+            entropy[rows] = (total.log() - z.mul_(p).sum(-1, keepdim=True) / total)[:, 0]
+            if frozen_head:
+                p.scatter_add_(1, y, -total)  # total * (p - onehot)
+                slope[rows] = (p.to(weight.dtype) @ weight).mul_(-1 / (total * temperature))
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, slope)
         ctx.temperature, ctx.truncation = temperature, truncation
         ctx.set_materialize_grads(False)  # an unused entropy costs nothing in the backward
         return logp, entropy
 
     @staticmethod
     def backward(ctx, dlogp, dentropy):
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        hidden, weight, targets, lse, entropy, slope = ctx.saved_tensors
+        if slope is not None and dentropy is None:
+            return slope * dlogp[:, None].to(slope.dtype), None, None, None, None, None
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # bf16 sums over 10,000 tokens would lose the small ones, so the weight's gradient gathers in fp32
         dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
@@ -100,7 +118,7 @@ class _LogProb(torch.autograd.Function):
                 torch.mm(dz, weight, out=dhidden[rows])
             if dweight is not None:
                 dweight.addmm_(dz.t().to(lse.dtype), hidden[rows].to(lse.dtype))
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
 def chunks(M: int, V: int) -> list[slice]:
@@ -110,24 +128,22 @@ def chunks(M: int, V: int) -> list[slice]:
     return [slice(i, min(i + size, M)) for i in range(0, M, size)]
 
 
+def any_truncation(truncation) -> bool:
+    top_k, top_p, min_p = truncation
+    return top_k > 0 or top_p < 1.0 or min_p > 0.0
+
+
 def scaled_logits(hidden, weight, targets, temperature, truncation):
     """Logits over temperature, words outside the kept set at -inf. (m, D), (V, D), (m,) -> (m, V) fp32."""
     z = logits_fp32(hidden, weight)
     if temperature != 1.0:
         z.div_(temperature)
     top_k, top_p, min_p = truncation
-    return truncate_(z, top_k=top_k, top_p=top_p, min_p=min_p, keep=targets) if top_k or top_p < 1.0 or min_p else z
-
-
-def _entropy_(z, lse):
-    """Entropy (m,) of rows whose logits are z (m, V) and log-normalisers lse (m,). Overwrites z."""
-    z.sub_(lse[:, None])  # log p
-    p = z.exp()
-    return -p.mul_(z.clamp_(min=-1e30)).sum(-1)  # 0 * -inf is nan; 0 * -1e30 is the 0 it should be
+    return truncate_(z, top_k=top_k, top_p=top_p, min_p=min_p, keep=targets) if any_truncation(truncation) else z
 
 
 def logits_grad_(z, targets, lse, entropy, dlogp, dentropy, temperature):
-    """Gradient of the loss by the unscaled logits, written over the scaled logits z (m, V). dlogp, dentropy (m,) or None."""
+    """Gradient of the loss by the unscaled logits, from the scaled logits z (m, V), overwritten. dlogp, dentropy (m,) or None."""
     logq = z.sub_(lse[:, None])
     p = logq.exp()
     factor = 0.0 if dlogp is None else -dlogp[:, None]  # dloss/dz_j = p_j * factor + onehot * dlogp
