@@ -291,7 +291,9 @@ def main(cfg):
             log.write(metrics)
             if rank() == 0 and (cfg.save_every and run.step % cfg.save_every == 0 or run.step == cfg.steps):
                 run.save()
-    except (KeyboardInterrupt, Stop, rewarding.RewardError, FloatingPointError) as e:
+    except (KeyboardInterrupt, Stop, rewarding.RewardError, FloatingPointError, ValueError) as e:
+        if isinstance(e, ValueError) and run.step == first:
+            raise  # a config that cannot run at all: there is nothing to save
         # weights and optimiser change only inside `uninterrupted`, so what stands here is a whole step: nothing is lost
         path = run.save() if rank() == 0 else ""
         say(f"\n{'interrupted' if isinstance(e, KeyboardInterrupt) else e}\nsaved {path}; go on with: python train.py {' '.join(a for a in sys.argv[1:] if 'resume' not in a)} --resume=True")

@@ -20,6 +20,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lora
+import model
+import rollout
+from kernels.packed_linear import pack
 
 
 def arguments():
@@ -45,17 +49,12 @@ def workload(a, lengths: str, vocab: int):
 
 class Ours:
     def __init__(self, a):
-        import lora
-        import model
-
         self.a, self.model = a, model.load(a.model, dtype=getattr(torch, a.dtype), device=a.device).requires_grad_(False)
         if a.lora:
             lora.apply(self.model, rank=a.lora, alpha=2 * a.lora, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
         self.vocab = self.model.shape.V
 
     def run(self, prompts, lengths):
-        import rollout
-
         sampler = rollout.Sampler(self.model, prompts, self.a.group, lengths, [], (1.0, 0, 1.0, 0.0), self.a.slots or None, (0, 0, range(len(prompts))), "")
         out = sampler.run()
         assert [len(ids) for ids in out.ids] == lengths
@@ -71,8 +70,6 @@ class Ours:
 
     def matmuls(self, n: int) -> float:
         """The fastest of the two matmuls this repository has for each layer, n rows through all of them."""
-        from kernels.packed_linear import pack
-
         seconds = 0.0
         for weight in [p for p in self.model.parameters() if p.dim() == 2 and min(p.shape) > self.a.lora]:
             x, times = weight.new_zeros(n, weight.shape[1]).normal_(), []
@@ -142,7 +139,7 @@ def main():
     a, pipes, context = arguments(), {}, multiprocessing.get_context("spawn")
     for engine in (Ours, Transformers):
         pipes[engine], end = context.Pipe()
-        context.Process(target=serve, args=(engine, a, end), daemon=True).start()
+        context.Process(target=serve, args=(engine, a, end)).start()
     print(f"{a.model} {a.prompts} x {a.group}, {a.plen} + {a.new} tokens, {a.dtype}, {a.threads} threads, lora {a.lora}\n"
           "lengths  tokens/s: floor  transformers   ours   ours/transformers (cpu)  of floor  useful slot-steps  GB transformers, ours")
     for lengths in a.lengths.split(","):

@@ -20,5 +20,5 @@ sft_steps, sft_batch, sft_lr = 450, 64, 2e-3
 lora_rank = 0
 prompts_per_step, group_size, micro_tokens = 16, 8, 16384
 max_new_tokens, temperature = 30, 0.7
-steps, lr, warmup_steps = 90, 1.5e-4, 5
-eval_every, eval_problems, save_every, show_every = 30, 500, 45, 10
+steps, lr, warmup_steps = 140, 2e-4, 5
+eval_every, eval_problems, save_every, show_every = 35, 500, 70, 20

@@ -105,7 +105,7 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogp, dentropy):
         hidden, weight, targets, lse, entropy, slope = ctx.saved_tensors
-        if slope is not None and dentropy is None:
+        if slope is not None and dlogp is not None and dentropy is None:
             return slope * dlogp[:, None].to(slope.dtype), None, None, None, None, None
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # bf16 sums over 10,000 tokens would lose the small ones, so the weight's gradient gathers in fp32
@@ -123,8 +123,8 @@ class _LogProb(torch.autograd.Function):
 
 def chunks(M: int, V: int) -> list[slice]:
     """Slices of rows whose fp32 logits fit CHUNK_BYTES, as even as possible."""
-    n = max(1, -(-M * V * 4 // CHUNK_BYTES))
-    size = max(1, -(-M // n))
+    fit = max(1, CHUNK_BYTES // (4 * V))
+    size = max(1, -(-M // max(1, -(-M // fit))))
     return [slice(i, min(i + size, M)) for i in range(0, M, size)]
 
 

@@ -21,7 +21,8 @@ So wide layers win and the others stay as they are. That is also more exact: pac
 `generate` and thrown away, because a copy kept over an update of the weights would be a silent error.
 
 LoRA in fp32: the adapter is added into the copy, so that it costs nothing in sampling (unmerged: two more matmuls and four more operations
-a layer). y = x (W + sBA)^T instead of x W^T + s (x A^T) B^T differs by rounding, like the order of any sum: DIFF. In bf16 the sum
+a layer). y = x (W + sBA)^T instead of x W^T + s (x A^T) B^T differs by rounding, like the order of any sum (SmolLM2, rank 16 everywhere:
+sampler to unmerged trainer at most 3.6e-5 nats in 96 tokens; 2.4e-5 with nothing merged or packed). In bf16 the sum
 itself would be rounded to 8 bits: there the base is packed and the adapter stays beside it.
 """
 from contextlib import contextmanager

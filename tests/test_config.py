@@ -1,0 +1,76 @@
+"""Config files and flags: what is taken, and the sentence for what is not."""
+import pytest
+
+import config as configs
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_file_sets_keys_and_flags_win(tmp_path):
+    path = write(tmp_path, "lr, steps = 1, 7\nlora_targets = ['q_proj']\n")
+    c = configs.load([path, "--steps=9", "--slots=3", "--system_prompt=12", "--resume=True"])
+    assert (c.lr, c.steps, c.slots, c.lora_targets, c.resume) == (1.0, 9, 3, ("q_proj",), True)
+    assert type(c.lr) is float and c.system_prompt == "12"  # an int promotes to float; strings are verbatim
+    assert c.out_dir.endswith("mine")
+
+
+def test_file_may_define_rewards_and_helpers_of_its_own(tmp_path):
+    path = write(tmp_path, "import math\n_half = 0.5\ndef mine(completions, **_):\n    return [_half] * len(completions)\nrewards = [(mine, 1.0)]\n")
+    function, weight = configs.load([path]).rewards[0]
+    assert function(completions=["a", "b"]) == [0.5, 0.5] and weight == 1.0
+
+
+def test_file_is_run_in_a_namespace_of_its_own(tmp_path):
+    configs.load([write(tmp_path, "def read(*_):\n    return {}\n_FIELDS = None\n")])
+    assert configs.read is not None and configs.FIELDS and not hasattr(configs, "_FIELDS")
+
+
+@pytest.mark.parametrize("text, flags, words", [
+    ("learning_rat = 1\n", [], "unknown key 'learning_rat'"),
+    ("group_sise = 4\n", [], "did you mean 'group_size'"),
+    ("", ["--prompts_per_stepp=2"], "did you mean 'prompts_per_step'"),
+    ("steps = 1.5\n", [], "int is wanted"),
+    ("steps = '3'\n", [], "int is wanted"),
+    ("lr = True\n", [], "float is wanted"),
+    ("", ["--steps=many"], "int is wanted"),
+    ("", ["--steps"], "write --steps=VALUE"),
+    ("", ["more.py"], "one config file too many"),
+    ("objective = 'ppo'\n", [], "'clip'"),
+    ("group_size = 1\n", [], "group_size = 1"),
+    ("group_size = 0\n", [], "too small"),
+    ("temperature = 0\n", [], "nothing could be learnt"),
+])
+def test_mistakes_stop_with_what_to_type_instead(tmp_path, text, flags, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        configs.load([write(tmp_path, text), *flags])
+
+
+def test_group_of_one_is_allowed_where_it_makes_sense(tmp_path):
+    assert configs.load([write(tmp_path, "group_size, advantage = 1, 'none'\n")]).group_size == 1
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match="no config file nowhere.py"):
+        configs.load(["nowhere.py"])
+
+
+def test_a_model_given_by_hand_replaces_random_weights(tmp_path):
+    path = write(tmp_path, "scratch = dict(hidden_size=8)\n")
+    assert configs.load([path]).scratch and configs.load([path, "--model=somewhere"]).scratch is None
+
+
+def test_every_key_has_a_comment_or_speaks_for_itself():
+    import inspect
+
+    lines = [x for x in inspect.getsource(configs.Config).splitlines() if x.startswith("    ") and ":" in x and "=" in x and not x.strip().startswith("#")]
+    assert len(lines) >= len(configs.FIELDS)
+    assert sum("#" in x for x in lines) >= 0.7 * len(configs.FIELDS)
+
+
+def test_differences_are_what_was_set(tmp_path):
+    c = configs.load([write(tmp_path, "lr = 2e-5\n")])
+    assert configs.differences(c).keys() == {"lr", "out_dir"}
