@@ -342,7 +342,7 @@ def spread(items: list, room: int) -> list[list]:
             i = load.index(min(load))
             load[i] += size
             cut[i].append(what)
-        if all(size <= room or len(bin) == 1 for size, bin in zip(load, cut)):
+        if all(size <= room or len(bin) <= 1 for size, bin in zip(load, cut)):
             return [bin for _, bin in sorted(zip(load, cut), key=lambda x: -x[0]) if bin]
         bins += 1
 

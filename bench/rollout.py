@@ -65,8 +65,7 @@ class Ours:
         rows = [max(1, len(lengths) // 4), len(lengths)]
         t = [statistics.median(self.matmuls(n) for _ in range(3)) for n in rows]
         slope = (t[1] - t[0]) / max(1, rows[1] - rows[0])
-        live = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
-        return self.matmuls(sum(map(len, prompts))) + sum(t[1] + slope * (n - rows[1]) for n in live)
+        return self.matmuls(sum(map(len, prompts))) + sum(t[1] + slope * (sum(n > step for n in lengths) - rows[1]) for step in range(1, max(lengths)))
 
     def matmuls(self, n: int) -> float:
         """The fastest of the two matmuls this repository has for each layer, n rows through all of them."""

@@ -338,7 +338,7 @@ def test_loading_in_bf16_never_takes_fp32s_memory(tmp_path):
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if "empty" in str(function) and out.device.type == "cpu":
+            if "empty" in str(function) and out.device.type == "cpu" and out.dtype.is_floating_point:
                 made.append(out.dtype)
             return out
 
@@ -523,7 +523,7 @@ def test_group_too_large_is_cut_evenly():
 def test_one_long_completion_does_not_scatter_the_rest():
     """While any micro-batch was over the limit one more was added, so one completion longer than micro_tokens gave every group its own."""
     cuts = models.micro_batches([[1] * 5] * 9, [[[1] * 500]] + [[[1] * 20]] * 8, 100)
-    assert sorted(len(cut) for cut in cuts) == [1, 2, 3, 3]
+    assert sorted(len(cut) for cut in cuts) == [1, 4, 4]
     assert cuts[0] == [(0, [0])], "the fullest is first: what does not fit in memory fails at once"
 
 
