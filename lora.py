@@ -81,7 +81,7 @@ def apply(model, *, rank, alpha, dropout=0.0, targets, seed=0):
     for name, module in wrappable.items():
         if set(targets) & module.parts.keys():
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout, targets, generator))
+            setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout, targets, generator).train(model.training))
     return model
 
 
@@ -155,7 +155,7 @@ def load_adapter(model, folder: str):
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
     if not layers(model):
         # from the tensors, not from target_modules, which may be a pattern
-        targets = {name.split(".")[-3] for name in tensors if ".lora_" in name}
+        targets = {name.split(".")[-3] for name in tensors if name.endswith(".lora_A.weight")}
         apply(model, rank=rank, alpha=alpha, dropout=config.get("lora_dropout", 0.0), targets=targets)
     layer, ours = next(iter(layers(model).values())), peft_names(model)
     if layer.rank != rank or not math.isclose(layer.alpha, alpha):

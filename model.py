@@ -52,6 +52,7 @@ class Shape:
     """
 
     def __init__(self, config: dict):
+        # model_type alone decides: `architectures` is what a file was saved as, and derived models often carry another's name there
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not implemented; known: {', '.join(FAMILIES)}")
@@ -62,9 +63,11 @@ class Shape:
         refuse_unsupported(config)
         self.family, (self.V, self.D, self.intermediate, self.L, self.H) = family, (config[key] for key in SIZES)
         self.K = config["num_key_value_heads"] or self.H
+        # not always D / H: Qwen3-0.6B has 16 heads of 128 over a width of 1,024
         self.E = config["head_dim"] or self.D // self.H
         self.eps, self.context, self.tied = config["rms_norm_eps"], config["max_position_embeddings"], config["tie_word_embeddings"]
         self.qk_norm = family == "qwen3"
+        # a bias that exists and is left out, or the other way round, would be found by its tensor's name; its place is fixed here:
         # qwen2 has its biases whatever the file says; llama and qwen3 ask, and o_proj then has one too
         bias = ATTENTION[:3] if family == "qwen2" else ATTENTION if family in ("llama", "qwen3") and config.get("attention_bias") else ()
         self.bias = frozenset(bias + MLP if family == "llama" and config.get("mlp_bias") else bias)
@@ -79,6 +82,8 @@ def refuse_unsupported(config: dict):
     # Qwen states a width and switches it off; a window no shorter than the context hides nothing
     if config["model_type"].startswith("qwen") and not config.get("use_sliding_window") or window and window >= config["max_position_embeddings"]:
         window = None
+    # each of these loads without an error and changes the logits; a name we have never heard of cannot be caught here, but the
+    # architectures that need one have tensors or a model_type of their own, which are
     checks = {
         "sliding_window": window, "layer_types": sorted(set(config.get("layer_types") or []) - {"full_attention"}),
         "hidden_act": config["hidden_act"] not in ("silu", "swish") and config["hidden_act"],
@@ -92,7 +97,8 @@ def refuse_unsupported(config: dict):
 
 def rope_parameters(config: dict) -> dict:
     """{rope_type, rope_theta, ...} from the new spelling (`rope_parameters`) or the old (`rope_theta` + `rope_scaling`)."""
-    # where a file has both spellings transformers reads the old one, and so do we
+    # the same numbers have had three spellings: "type" and "rope_type" in rope_scaling, then all of it in rope_parameters;
+    # where a file has both transformers reads the old one, and so do we
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
@@ -112,6 +118,7 @@ def rope_frequencies(E: int, rope: dict) -> tuple[torch.Tensor, float]:
 
     llama3: Meta's Llama 3.1 release; yarn: arXiv:2309.00071, section 3.
     """
+    # in fp32 and in this order, as transformers does it: at position 30,000 the last bit of a frequency moves the angle by 0.002
     theta, factor, original = rope["rope_theta"], rope.get("factor", 1.0), rope["original"]
     inv_freq = 1.0 / theta ** (torch.arange(0, E, 2, dtype=torch.float32) / E)
     if rope["rope_type"] == "linear":
@@ -155,6 +162,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+# one matmul for several projections: the input is read once, and a small model makes 4 calls a layer instead of 7
 class Linear(nn.Module):
     """y = x W^T + b for one or several projections of the same input, stacked: parts = {"q_proj": rows, ...} in order.
 
@@ -175,6 +183,7 @@ class Linear(nn.Module):
 
 def rotate(x, cos, sin):
     """Rotary embedding of x (T, heads, E) by cos and sin (T, 1, E/2); pairs are (i, i + E/2), as in Hugging Face checkpoints."""
+    # by hand as an autograd.Function it measured the same: the products are in the cache
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -188,13 +197,14 @@ class Block(nn.Module):
         self.o = Linear(s.H * s.E, {"o_proj": s.D}, s.bias)
         self.gate_up = Linear(s.D, {"gate_proj": s.intermediate, "up_proj": s.intermediate}, s.bias)
         self.down = Linear(s.intermediate, {"down_proj": s.D}, s.bias)
-        if s.qk_norm:
+        if s.qk_norm:  # over each head by itself, before the rotation
             self.q_norm, self.k_norm = RMSNorm(s.E, s.eps), RMSNorm(s.E, s.eps)
         self.qk_norm = s.qk_norm
 
     def forward(self, x, cos, sin, plan):
         T, (H, K, E) = len(x), (self.H, self.K, self.E)
-        # queries and keys stand side by side, so that one rotation turns both
+        # x is the stream that everything is added to: both halves read it through a norm and write back to it.
+        # Queries and keys stand side by side, so that one rotation turns both
         qk, v = self.qkv(self.input_norm(x)).view(T, H + 2 * K, E).split([H + K, K], 1)
         if self.qk_norm:
             qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], 1)
@@ -212,6 +222,7 @@ class Transformer(nn.Module):
         self.embed = nn.Parameter(torch.empty(s.V, s.D))
         self.blocks = nn.ModuleList(Block(s, layer) for layer in range(s.L))
         self.norm = RMSNorm(s.D, s.eps)
+        # tied: one parameter with two gradients, which autograd adds up
         self.untied_head = None if s.tied else nn.Parameter(torch.empty(s.V, s.D))
         # no buffer: `model.to(torch.bfloat16)` would round it, and then position 257 and 258 were one
         self.inv_freq = None
@@ -236,6 +247,7 @@ class Transformer(nn.Module):
             inv_freq, self.rope_scale = rope_frequencies(self.shape.E, self.shape.rope)
             self.inv_freq = inv_freq.to(ids.device)
         angles = positions[:, None, None].float() * self.inv_freq  # (T, 1, E/2)
+        # the same for every layer, so made once; a rotated pair depends on its position only, never on its place in the stream
         cos, sin = ((f(angles) * self.rope_scale).to(self.dtype) for f in (torch.cos, torch.sin))
         x = F.embedding(ids, self.embed)
         for block in self.blocks:
@@ -244,6 +256,7 @@ class Transformer(nn.Module):
 
     def logits(self, ids):
         """Next-token logits (T, V) fp32 of one sequence ids (T,)."""
+        # a sequence by itself is a prompt that nobody completes
         packed = Packed(self, [ids.tolist()], [[]])
         return logits_fp32(self(packed.ids, packed.positions, packed), self.head)
 
@@ -273,9 +286,10 @@ class Packed:
         assert prompts and len(prompts) == len(completions), f"{len(prompts)} prompts, {len(completions)} groups of completions"
         ids, positions, segments, sources, targets, rows = [], [], [], [], [], []
         row = 0
+        # Python lists are fast enough: 16,000 tokens take 10 ms, once for a forward and a backward of seconds
         for prompt, group in zip(prompts, completions):
             start, P = len(ids), len(prompt)
-            if not P:
+            if not P:  # the first token of a completion is predicted from the prompt's last one
                 raise ValueError("a prompt is empty: at least one token must come before a completion")
             longest = P + max(map(len, group), default=0)
             if longest > model.shape.context:  # nothing breaks there, the answers just become nonsense
@@ -287,6 +301,7 @@ class Packed:
                 if not completion:
                     raise ValueError(f"completion {row} is empty: it has no token to score")
                 own, C = len(ids), len(completion)
+                # what the ids are is never asked: a pad id, a stop id in the middle, a repeated prompt are all just tokens
                 segments.append((own, C - 1, start, P))
                 ids += completion[:-1]
                 # every completion goes on from its prompt, wherever in the stream it stands
@@ -299,6 +314,7 @@ class Packed:
         dev = model.device
         self.ids, self.positions, self.sources, self.targets, self.rows = (
             torch.tensor(x, dtype=torch.long, device=dev) for x in (ids, positions, sources, targets, rows))
+        # the plan of attention is made of lengths, before any tensor is: no mask is inferred from values
         self.segments = segments
         self.buckets = Buckets(segments, model.shape.H // model.shape.K, dtype=model.dtype, device=dev)
 
@@ -316,6 +332,7 @@ def micro_batches(prompts: list[list[int]], completions: list[list[list[int]]], 
     """
     pieces = []
     for b, (prompt, group) in enumerate(zip(prompts, completions)):
+        # parts of about the same size, where filling one after another would leave a last one that is mostly prompt
         members = [(len(completion), g) for g, completion in enumerate(group) if completion]
         for part in spread(members, micro_tokens - len(prompt)):
             pieces.append((len(prompt) + sum(len(group[g]) for g in part), (b, part)))
@@ -335,6 +352,7 @@ def spread(items: list, room: int) -> list[list]:
     of the fullest, unless that is a single item: the last item to enter the fullest found it the emptiest.
     """
     items = sorted(items, key=lambda item: -item[0])
+    # no fewer can do; an item that is too large fills its bin and no more
     bins = max(1, -(-sum(min(size, room) for size, _ in items) // max(room, 1)))
     while True:
         load, cut = [0] * bins, [[] for _ in range(bins)]
@@ -353,12 +371,14 @@ def border_names(model: Transformer) -> dict[str, tuple[str, slice]]:
     names = {"model.embed_tokens.weight": ("embed", slice(None)), "model.norm.weight": ("norm.weight", slice(None))}
     if model.untied_head is not None:
         names["lm_head.weight"] = ("untied_head", slice(None))
+    # a tied head has no name of its own: the file holds the embedding once
     theirs = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
     for i, block in enumerate(model.blocks):
         for ours, module in block.named_children():
             if isinstance(module, RMSNorm):
                 names[f"model.layers.{i}.{theirs[ours]}.weight"] = (f"blocks.{i}.{ours}.weight", slice(None))
                 continue
+            # q, k, v lie under each other in one of our parameters, and apart in the file
             row = 0
             for part, size in module.parts.items():
                 place = f"model.layers.{i}.{'mlp' if part in MLP else 'self_attn'}.{part}"
@@ -372,11 +392,13 @@ def border_names(model: Transformer) -> dict[str, tuple[str, slice]]:
 def find_checkpoint(path: str) -> str:
     """A folder with a config.json: `path` itself, or the hub's model of that name, downloaded once. ValueError says what to do."""
     if os.path.isdir(path):
+        # the usual slip: out/NAME instead of out/NAME/ckpt/step_000100
         if not os.path.exists(os.path.join(path, "config.json")):
             raise ValueError(f"the model folder {path} has no config.json: it is not a Hugging Face checkpoint")
         return path
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ValueError(f"there is no model folder {path}: give a folder that exists, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    # here, because it takes a quarter of a second that a model from a folder need not wait for
     from huggingface_hub import snapshot_download
 
     try:
@@ -407,11 +429,14 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
     # one whole file comes first, as in transformers: the index beside it may be what an earlier save left behind
     if not os.path.exists(os.path.join(path, shards[0])) and os.path.exists(os.path.join(path, "model.safetensors.index.json")):
         shards = sorted(set(read_json(path, "model.safetensors.index.json")["weight_map"].values()))
+    # before anything is allocated: a download that broke off is the most common damage, and minutes of loading would hide it
     absent = [shard for shard in shards if not os.path.exists(os.path.join(path, shard))]
     if absent:
         raise ValueError(f"{path} lacks {', '.join(absent)}: the download is incomplete, or the weights are not safetensors")
+    # rotary angles are no parameters and are made at the first forward
     model.to(dtype).to_empty(device=device)  # in this order, so that bf16 weights never take fp32's room
     names, parameters, seen, extra, second_head = border_names(model), dict(model.named_parameters()), set(), [], None
+    # what the file does not fill: memory comes uncleared from to_empty
     for name, p in parameters.items():
         if name.endswith(".bias"):
             nn.init.zeros_(p)  # rows of parts without a bias
@@ -426,8 +451,9 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
                 ours = parameters[target].data[rows]
                 if ours.shape != tensor.shape:
                     raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(ours.shape)}")
-                ours.copy_(tensor)
+                ours.copy_(tensor)  # to the device and dtype asked for, whatever the file's
                 seen.add(name)
+    # a tensor too many is as wrong as one too few: a bias, a norm or an expert that is left out changes every logit
     missing = sorted(names.keys() - seen)
     if missing or extra:
         told = [f"{what} {len(which)}: {', '.join(which[:4])}{' ..' if len(which) > 4 else ''}" for what, which in (("missing", missing), ("unknown", extra)) if which]
@@ -435,7 +461,7 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
     # files made from torch's .bin hold a tied head a second time; one that differs was trained apart and is not the embedding
     if second_head is not None and not torch.equal(second_head.to(model.embed), model.embed):
         raise ValueError(f"{path}: config.json ties the head to the embedding, and lm_head.weight is not equal to it: set tie_word_embeddings to false there")
-    return model
+    return model.eval()  # as transformers does: an adapter that is loaded on top drops nothing until training asks for it
 
 
 def read_tensors(path: str):
@@ -455,21 +481,25 @@ def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu") -> Tra
     for p in model.parameters():
         if p.dim() > 1:
             p.data.copy_(torch.randn(p.shape, generator=g) * config.get("initializer_range", 0.02))
-    return model.to(device)
+    return model.to(device).eval()
 
 
 @torch.no_grad()
 def save(model: Transformer, folder: str, state: dict | None = None):
     """Writes config.json and model.safetensors with Hugging Face's names; transformers and vLLM load the folder as it stands.
 
-    state: our parameter names -> tensors to write instead of the model's own (lora.merged_state gives the merged weights; a model
-    that carries adapters needs it, and a KeyError says so).
+    state: our parameter names -> tensors to write instead of the model's own (lora.merged_state gives the merged weights). Raises
+    ValueError for a model that carries adapters and no state: the base alone is not what was trained.
     """
+    names, state = border_names(model), dict(model.named_parameters()) if state is None else state
+    absent = sorted({ours for ours, _ in names.values()} - state.keys())
+    if absent:
+        raise ValueError(f"there is no {absent[0]} to save: a model with adapters is saved merged (state=lora.merged_state(model)) or as an adapter (lora.save_adapter)")
     os.makedirs(folder, exist_ok=True)
-    state = dict(model.named_parameters()) if state is None else state
-    tensors = {name: state[ours][rows].detach().contiguous().cpu() for name, (ours, rows) in border_names(model).items()}
+    tensors = {name: state[ours][rows].detach().contiguous().cpu() for name, (ours, rows) in names.items()}
     # views of one tensor share storage, which safetensors refuses: a row range is its own tensor only when cloned
     tensors = {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in tensors.items()}
+    # some readers refuse a file whose metadata does not say that its tensors are torch's
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     # the key was torch_dtype before transformers 4.56: both say the same, or old and new readers would disagree
     config = model.config | {key: str(model.dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key == "dtype" or key in model.config}

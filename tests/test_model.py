@@ -74,7 +74,7 @@ def rewrite(folder, **changes):
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None or k not in changes}))
 
 
-def assert_same_logits(theirs, ours, ids=None, tolerance=2e-5):
+def assert_same_logits(theirs, ours, ids=None, tolerance=5e-5):
     ids = torch.randint(0, ours.shape.V, (150,), generator=torch.Generator().manual_seed(7)) if ids is None else ids
     with torch.no_grad():
         a, b = theirs(ids[None]).logits[0], ours.logits(ids)
@@ -350,7 +350,7 @@ def test_loading_in_bf16_never_takes_fp32s_memory(tmp_path):
 def test_create_is_a_function_of_the_seed_and_of_the_configs_spread():
     a, b, c = (models.create(dict(TINY, hidden_size=64), seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert not torch.equal(a.embed, c.embed) and abs(float(a.embed.std()) / TINY["initializer_range"] - 1) < 0.1
+    assert not torch.equal(a.embed, c.embed) and abs(float(a.embed.detach().std()) / TINY["initializer_range"] - 1) < 0.1
     assert torch.equal(a.norm.weight, torch.ones(64))
 
 
@@ -480,6 +480,7 @@ BATCH = st.lists(st.tuples(st.integers(1, 60), st.lists(st.integers(0, 90), max_
 @example([(10, [20] * 9)], 120)
 @example([(10, [500]), (10, [20, 20]), (10, [20, 20])], 100)
 @example([(50, [10, 10])], 20)
+@example([(50, [0, 0])], 20)  # once looped for ever: an empty micro-batch does not fit into less than nothing
 def test_micro_batches_hold_every_completion_once_within_the_limit_and_balanced(batch, micro_tokens):
     prompts, completions = [[1] * P for P, _ in batch], [[[1] * C for C in owns] for _, owns in batch]
     cuts = models.micro_batches(prompts, completions, micro_tokens)
