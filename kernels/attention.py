@@ -76,12 +76,13 @@ class Buckets:
 def alike(segments: list[Segment], size) -> list[list[Segment]]:
     """Cuts segments into runs near enough in size(segment) to be stacked, largest first.
 
-    Near: at most a quarter of the stack is padding, or fewer than 16 tokens a segment, which cost less than another call.
+    Near: no segment is padded by more than a quarter of the stack's size or 8 tokens. Measured on ragged lengths up to 35: 8 tokens 18.8 ms
+    forward and backward, 16 tokens (fewer, emptier calls) 24.5, 4 tokens 21.9; up to 320 they do not matter, the quarter does.
     """
     runs = []
     for segment in sorted(segments, key=size, reverse=True):
         largest = size(runs[-1][0]) if runs else 0
-        if runs and size(segment) >= min(0.75 * largest, largest - 16):
+        if runs and size(segment) >= min(0.75 * largest, largest - 8):
             runs[-1].append(segment)
         else:
             runs.append([segment])

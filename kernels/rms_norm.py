@@ -34,11 +34,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, r = ctx.saved_tensors
-        D, g = x.shape[-1], dy.to(r.dtype) * weight
-        mean = torch.linalg.vecdot(g, x.to(r.dtype))[..., None] / D
-        dx = g.addcmul_(x.to(r.dtype), mean * r * r, value=-1).mul_(r).to(x.dtype)  # r^3 of a large x would be 0
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None
-        # as a matrix-vector product: torch's sum over rows takes several times as long
-        dw = torch.mv((dy * x).to(r.dtype).reshape(-1, D).t(), r.reshape(-1))
-        return dx, dw.to(weight.dtype), None
+        # one product for both gradients: with the weight it gives the mean of g x, with r the weight's gradient. Matrix times vector,
+        # because torch's sums over rows take several times as long
+        dy, D = dy.to(r.dtype), x.shape[-1]
+        product = (dy * x).reshape(-1, D)
+        mean = torch.mv(product, weight.to(r.dtype)).view_as(r) / D
+        dx = (dy * weight).addcmul_(x.to(r.dtype), mean * r * r, value=-1).mul_(r)  # r^3 of a large x would be 0
+        dw = torch.mv(product.t(), r.reshape(-1)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx.to(x.dtype), dw, None

@@ -1,9 +1,10 @@
 """SwiGLU's middle: silu(gate) * up, where the two lie side by side as one matmul left them (arXiv:2002.05202).
 
-    s = sigmoid(gate)      y = gate s up      dup = dy gate s      dgate = dy up s (1 + gate (1 - s))
+    s = sigmoid(gate)      y = gate s up      dup = dy gate s
+    dgate = dy up s (1 + gate (1 - s)) = up (s dy + (1 - s) dup)
 
-Autograd would keep gate, up and silu(gate), and glue the two gradients together in a copy; here silu(gate) is made again, an eighth
-of a layer's memory less, and the gradients are written where they belong. Dims: T rows, I width of the MLP.
+Autograd would keep gate, up and silu(gate), and glue the two gradients together in a copy; here s is made again, an eighth of a
+layer's memory less, and the gradients are written where they belong. Dims: T rows, I width of the MLP.
 """
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, -1)
         d = torch.empty_like(gate_up)
         dgate, dup = d.chunk(2, -1)
-        torch.ops.aten.silu.out(gate, out=dup).mul_(dy)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        s = torch.sigmoid(gate)
+        torch.mul(s, gate, out=dup).mul_(dy)
+        torch.lerp(dup, dy, s, out=dgate).mul_(up)
         return d

@@ -1,5 +1,6 @@
 """What the tests share: the repository on the path, one thread, one real two-layer model, and the real checkpoints where they are."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 import model as models
 
 torch.set_num_threads(1)
+# a shell that starts the suite in the background ignores Ctrl-C for it and for its children, and the tests of Ctrl-C send one
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = dict(model_type="llama", vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.3)

@@ -13,6 +13,7 @@ import model as models
 from conftest import TINY
 from test_model import FAMILIES, assert_same_logits, oracle
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's, about options it is asked to write
 ALL = models.ATTENTION + models.MLP
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
 BATCH = [[1, 2, 3], [4]], [[[5, 6], [7]], [[8, 9, 10]]]
@@ -105,7 +106,7 @@ def test_dropout_acts_in_training_on_the_adapter_alone():
     with lora.disabled(model):
         assert torch.equal(model.logits(IDS), base.logits(IDS))
     layer, x = next(iter(lora.layers(model).values())), torch.randn(4, 32)
-    mean = sum(layer(x) for _ in range(4000)).detach() / 4000
+    mean = sum(layer(x) for _ in range(2000)).detach() / 2000
     torch.testing.assert_close(mean, layer.eval()(x).detach(), rtol=0.1, atol=0.15)
 
 

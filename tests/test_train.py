@@ -91,8 +91,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, keys):
 
 
 CONFIG = """
-from tests.test_train import even, SHAPE
-scratch, alphabet, task, task_options = SHAPE, "0123456789+=<>,", "arithmetic", dict(style="chars", digits=2)
+from tests.test_train import SHAPE as _shape, even
+scratch, alphabet, task, task_options = _shape, "0123456789+=<>,", "arithmetic", dict(style="chars", digits=2)
 rewards, lora_rank, lr, micro_tokens = [(even, 1.0)], 0, 1e-2, 300
 prompts_per_step, group_size, max_new_tokens, eval_every, save_every, show_every, rollouts_every, threads, device = 4, 4, 12, 0, 3, 0, 0, 1, "cpu"
 """
