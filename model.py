@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kernels.attention import Buckets, attention
+from kernels import linear_logprob as scoring
 from kernels.logprob import logits_fp32, logprob
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
@@ -270,7 +271,11 @@ class Transformer(nn.Module):
         packed = Packed(self, prompts, completions)
         hidden = self(packed.ids, packed.positions, packed)
         # only where something is predicted: the head of a small model costs as much as its layers
-        logp, entropy = logprob(hidden.index_select(0, packed.sources), self.head, packed.targets, temperature=temperature, **truncation)
+        hidden = hidden.index_select(0, packed.sources)
+        whole = dict(top_k=0, top_p=1.0, min_p=0.0) | truncation == dict(top_k=0, top_p=1.0, min_p=0.0)
+        if scoring.on_triton(hidden) and whole and not torch.is_grad_enabled():  # nothing learns: no logits at all
+            return *scoring.linear_logprob(hidden, self.head, packed.targets, temperature=temperature), packed.rows
+        logp, entropy = logprob(hidden, self.head, packed.targets, temperature=temperature, **truncation)
         return logp, entropy, packed.rows
 
 

@@ -9,15 +9,29 @@ Here a chunk of rows lives at a time, as logits z and as probabilities p. What t
     hidden states only (LoRA: the head is frozen)  dlogp/dh = (W[y] - p W) / temperature is one vector a row. The forward makes
                                                    it while p is there, the backward multiplies it by dlogp: 4 M D V operations
     the head too, or the entropy has a gradient    the backward makes the chunk's logits again: 8 M D V (6 without dW)
+    nobody (scoring)                               on a GPU kernels/linear_logprob.py, which makes no logits at all: 2 M D V
 
 Truncated sampling (top-k, top-p, min-p) is scored on the set it kept: words outside have probability 0 and no
 gradient. Scoring such samples over the whole vocabulary instead biases every ratio by the kept mass.
+
+On a GPU the matmuls stay torch's, and _row_kernel does the rest of a chunk in one launch: it reads the fp32 logits once for lse, logp and
+entropy and once more to write their gradient, 8 M V bytes read and 2 M V (bf16) or 4 M V written, where the torch form makes ten passes.
+It cannot win where truncation is on (sorting costs more) or the chunk is a few rows (a launch is a launch).
 
 Dims: M rows, D width, V vocabulary, m rows of a chunk.
 """
 import torch
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch's CPU builds come without it and do not need it
+    from types import SimpleNamespace
+    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+
+MODE = "auto"  # set by kernels.use(): "auto" Triton on CUDA tensors, "triton" always, "torch" never
 CHUNK_BYTES = 1 << 26  # fp32 logits alive at once; 64 MiB is 341 rows of 49,152 words: fewer rows made the matmul slower (16 MiB: 1.2x)
+GPU_CHUNKS = 8  # times as much on a GPU: 512 MiB is 883 rows of 151,936 words, enough to fill its matmuls
 
 
 def logprob_ref(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -83,7 +97,15 @@ class _LogProb(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logp, lse, entropy = (torch.empty(M, dtype=dtype, device=hidden.device) for _ in range(3))
         slope = torch.empty_like(hidden) if frozen_head else None  # dlogp/dh, (M, D)
-        for rows in chunks(M, V):
+        for rows in chunks(M, V, hidden.device):
+            if on_triton(hidden):
+                z, scale = raw_logits(hidden[rows], weight, targets[rows], temperature, truncation)
+                # dlogp of 1 makes the slope; in place where the dtypes are one, else in half the room beside it
+                dz = (z if z.dtype == weight.dtype else torch.empty_like(z, dtype=weight.dtype)) if frozen_head else None
+                row_pass(z, dz, targets[rows], logp[rows], lse[rows], entropy[rows], torch.ones_like(logp[rows]), None, scale, temperature, stats=True)
+                if frozen_head:
+                    torch.mm(dz, weight, out=slope[rows])
+                continue
             y = targets[rows, None]
             z = scaled_logits(hidden[rows], weight, targets[rows], temperature, truncation)  # (m, V)
             top = z.amax(-1, keepdim=True)
@@ -110,20 +132,27 @@ class _LogProb(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # bf16 sums over 10,000 tokens would lose the small ones, so the weight's gradient gathers in fp32
         dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
-        for rows in chunks(len(hidden), len(weight)):
-            z = scaled_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation)
-            dz = logits_grad_(z, targets[rows], lse[rows], entropy[rows], None if dlogp is None else dlogp[rows],
-                              None if dentropy is None else dentropy[rows], ctx.temperature).to(hidden.dtype)
+        for rows in chunks(len(hidden), len(weight), hidden.device):
+            factors = (None if dlogp is None else dlogp[rows].contiguous(), None if dentropy is None else dentropy[rows].contiguous())
+            if on_triton(hidden):
+                z, scale = raw_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation)
+                dz = z if z.dtype == hidden.dtype else torch.empty_like(z, dtype=hidden.dtype)
+                row_pass(z, dz, targets[rows], None, lse[rows], entropy[rows], *factors, scale, ctx.temperature, stats=False)
+            else:
+                z = scaled_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation)
+                dz = logits_grad_(z, targets[rows], lse[rows], entropy[rows], *factors, ctx.temperature).to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dz, weight, out=dhidden[rows])
-            if dweight is not None:
+            if dweight is not None and dz.is_cuda and dz.dtype != dweight.dtype:  # tensor cores take bf16 factors and add up in fp32
+                torch.addmm(dweight, dz.t(), hidden[rows], out_dtype=dweight.dtype, out=dweight)
+            elif dweight is not None:
                 dweight.addmm_(dz.t().to(lse.dtype), hidden[rows].to(lse.dtype))
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
-def chunks(M: int, V: int) -> list[slice]:
-    """Slices of rows whose fp32 logits fit CHUNK_BYTES, as even as possible."""
-    fit = max(1, CHUNK_BYTES // (4 * V))
+def chunks(M: int, V: int, device=None) -> list[slice]:
+    """Slices of rows whose fp32 logits fit CHUNK_BYTES (on a GPU, GPU_CHUNKS times as much), as even as possible."""
+    fit = max(1, CHUNK_BYTES * (GPU_CHUNKS if device is not None and device.type == "cuda" else 1) // (4 * V))
     size = max(1, -(-M // max(1, -(-M // fit))))
     return [slice(i, min(i + size, M)) for i in range(0, M, size)]
 
@@ -153,3 +182,67 @@ def logits_grad_(z, targets, lse, entropy, dlogp, dentropy, temperature):
     if dlogp is not None:
         dz.scatter_add_(1, targets[:, None], dlogp[:, None])
     return dz.div_(temperature) if temperature != 1.0 else dz
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+def on_triton(x) -> bool:
+    return (MODE == "triton" or MODE == "auto" and x.is_cuda) and x.dtype != torch.float64
+
+
+def raw_logits(hidden, weight, targets, temperature, truncation):
+    """Logits (m, V) fp32 and the number they must still be multiplied by: the row kernel divides by the temperature on its way."""
+    if any_truncation(truncation):
+        return scaled_logits(hidden, weight, targets, temperature, truncation), 1.0
+    return logits_fp32(hidden, weight), 1.0 / temperature
+
+
+def row_pass(z, dz, targets, logp, lse, entropy, dlogp, dentropy, scale, temperature, *, stats):
+    """One launch over the rows of z (m, V): with `stats` fills logp, lse, entropy (m,); with dz (m, V; may be z) writes dloss/dlogits."""
+    if len(z):
+        _row_kernel[(len(z),)](z, dz, targets, logp, lse, entropy, dlogp, dentropy, z.shape[1], scale, 1.0 / temperature, STATS=stats, GRAD=dz is not None,
+                               BLOCK=min(4096, triton.next_power_of_2(z.shape[1])), num_warps=8)
+
+
+@triton.jit
+def _fold(m, s, t, e_sum, ez_sum, m_new):
+    """Joins (m, s, t) = (max, sum of e^(x - m), sum of e^(x - m) (x - m)) of what was seen with the sums of a tile taken about m_new."""
+    a = tl.exp(m - m_new)
+    # a is 0 long before the bound is reached, and 0 * -inf, where m was still the least float there is, would be NaN
+    return m_new, s * a + e_sum, a * (t + s * tl.maximum(m - m_new, -1000.0)) + ez_sum
+
+
+@triton.jit
+def _row_kernel(z, dz, targets, logp, lse, entropy, dlogp, dentropy, V, scale, grad_scale, STATS: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """A program a row. lse and entropy are results with STATS, arguments without. Offsets are 64 bits wide: m V passes 2^31 at 14,134 rows."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * V
+    y = tl.load(targets + row)
+    j = tl.arange(0, BLOCK)
+    if STATS:
+        z_y = tl.load(z + y) * scale  # before anything is overwritten
+        m, s, t = -3.4028234e38, 0.0, 0.0
+        for start in range(0, V, BLOCK):
+            x = tl.load(z + start + j, mask=start + j < V, other=float("-inf")) * scale
+            m_new = tl.maximum(m, tl.max(x, 0))
+            e = tl.exp(x - m_new)
+            m, s, t = _fold(m, s, t, tl.sum(e, 0), tl.sum(tl.where(e > 0, e * (x - m_new), 0.0), 0), m_new)
+        total = m + tl.log(s)
+        H = tl.log(s) - t / s
+        tl.store(logp + row, (z_y - m) - tl.log(s))
+        tl.store(lse + row, total)
+        tl.store(entropy + row, H)
+    else:
+        total = tl.load(lse + row)
+        H = tl.load(entropy + row)
+    if GRAD:
+        dz += row * V
+        for start in range(0, V, BLOCK):
+            x = tl.load(z + start + j, mask=start + j < V, other=float("-inf")) * scale
+            p = tl.exp(x - total)
+            g = tl.zeros_like(p)
+            if dlogp is not None:
+                d = tl.load(dlogp + row)
+                g += tl.where(start + j == y, d, 0.0) - d * p
+            if dentropy is not None:
+                g -= tl.load(dentropy + row) * tl.where(p > 0, p * (x - total + H), 0.0)
+            tl.store(dz + start + j, (g * grad_scale).to(dz.dtype.element_ty), mask=start + j < V)

@@ -11,6 +11,11 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 
+# before anything imports Triton, which asks when a kernel is defined: without a GPU its kernels run in its interpreter. Nothing else notices:
+# CPU tensors take the torch form unless kernels.use("triton") says otherwise
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import model as models
 
 torch.set_num_threads(1)

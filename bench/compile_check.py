@@ -1,0 +1,120 @@
+"""Compiles every Triton kernel for GPUs that are not here, and reports registers, spills and shared memory: a bad tile is seen without a GPU.
+
+    python bench/compile_check.py [--arch=90,80] [--only=attention]
+
+The wrappers of kernels/ are called as the model calls them, at the shapes of real models, on tensors without memory (device "meta"); each
+launch is caught and its kernel compiled for the tile sizes, types and alignments it was launched with, as Triton's own launcher would.
+ptxas, which comes with Triton, then assembles it. Ends with status 1 if a kernel does not compile, spills registers, or asks for more shared
+memory than the architecture has (Triton itself finds that out only at the launch).
+
+Dims as in kernels/: M rows, T tokens, D width, V vocabulary, H / K query / key heads, E head width, P prompt and C completion length.
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import kernels
+from kernels import linear_logprob, logprob
+
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+BF16, FP32, LONG = torch.bfloat16, torch.float32, torch.long
+
+
+def meta(*shape, dtype=BF16, grad=False):
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def train(function, *args, **options):
+    """Forward and backward of a function whose first results are floating."""
+    out = function(*args, **options)
+    out = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+    torch.autograd.backward(out, [torch.empty_like(x) for x in out])
+
+
+def cases():
+    """Name -> a call that launches the kernels. The shapes are Qwen2.5-0.5B's, 1.5B's and SmolLM2-135M's."""
+    for M, D, V in ((8192, 896, 151_936), (32, 576, 49_152)):
+        yield f"linear_logprob M {M} D {D} V {V}", partial(linear_logprob.linear_logprob, meta(M, D), meta(V, D), meta(M, dtype=LONG))
+    h, w, y = meta(512, 896, grad=True), meta(151_936, 896), meta(512, dtype=LONG)
+    yield "logprob head frozen", partial(train, logprob.logprob, h, w, y)
+    yield "logprob head trained, entropy", partial(train, logprob.logprob, h, w.detach().requires_grad_(), y)
+    yield "linear_logprob fp32", partial(linear_logprob.linear_logprob, meta(64, 576, dtype=FP32), meta(49_152, 576, dtype=FP32), meta(64, dtype=LONG))
+
+
+def signature(fn, args, kwargs):
+    """What Triton's launcher makes of a call: type of each argument, constants, alignments."""
+    given = dict(zip(fn.arg_names, args)) | {k: v for k, v in kwargs.items() if k in fn.arg_names}
+    types, constants, attrs = {}, {}, {}
+    for i, name in enumerate(fn.arg_names):
+        value = given.get(name, fn.params[i].default)
+        if fn.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            types[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = "*" + {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64", "int64": "i64", "int32": "i32", "bool": "i1"}[str(value.dtype)[6:]]
+            attrs[(i,)] = [["tt.divisibility", 16]] if value.storage_offset() * value.itemsize % 16 == 0 else []
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32" if -2**31 <= value < 2**31 else "i64"
+            attrs[(i,)] = [["tt.divisibility", 16]] if isinstance(value, int) and value % 16 == 0 else []
+    return types, constants, {k: v for k, v in attrs.items() if v}
+
+
+def compile_for(arch, fn, args, kwargs):
+    """(registers, bytes spilled, bytes of shared memory, tensor-core instructions) of a launch."""
+    types, constants, attrs = signature(fn, args, kwargs)
+    options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
+    kernel = triton.compile(ASTSource(fn, types, constants, attrs), target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    # ptxas reports what it spills as stack
+    return found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, "wgmma" if "wgmma" in kernel.asm["ptx"] else "mma" if "mma.sync" in kernel.asm["ptx"] else ""
+
+
+def tool(name):
+    """A binary of the CUDA toolkit, from the ones that Triton brings."""
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def main(arch="90,80", only=""):
+    launches = {}
+    kernels.use("auto")
+    for file in sys.modules.copy().values():  # kernels.use refuses Triton where there is no GPU, rightly
+        if getattr(file, "__name__", "").startswith("kernels."):
+            file.MODE = "triton"
+    for name, call in cases():
+        if only in name:
+            JITFunction.run = lambda self, *args, grid, warmup, name=name, **kwargs: launches.setdefault((name, self.__name__, str(signature(self, args, kwargs)[:2])), (self, args, kwargs))
+            call()
+    bad = 0
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':22}{'case':44}{'sm':>4}{'regs':>6}{'spilled':>9}{'shared':>9}  dots")
+    for (name, _, _), (fn, args, kwargs) in launches.items():
+        for a in map(int, arch.split(",")):
+            try:
+                regs, spilled, shared, dots = compile_for(a, fn, args, kwargs)
+            except Exception as e:  # whatever the compiler raises is the finding
+                regs, spilled, shared, dots = 0, 0, 0, f"FAILED {type(e).__name__}: {str(e)[:200]}"
+            failed = spilled or shared > SHARED[a] or "FAILED" in dots
+            bad += bool(failed)
+            print(f"{fn.__name__:22}{name:44}{a:4}{regs:6}{spilled:9}{shared:9}  {dots}{'  <-' if failed else ''}")
+    print(f"{len(launches)} kernels, {bad} bad")
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(**dict(a.removeprefix("--").split("=", 1) for a in sys.argv[1:]))))
