@@ -27,6 +27,7 @@ import torch
 
 from kernels.logprob import logits_fp32, truncate_
 from kernels.packed_linear import packed
+from kernels import sample as sampling
 from kernels.sample import draw, greedy, token_keys
 from model import Packed
 
@@ -293,6 +294,10 @@ class Sampler:
         rows, t (n,); hidden (n / times, D): the first tokens of a group are `times` draws from the same logits.
         """
         logits = self.head(hidden)
+        if sampling.on_triton(logits):  # all that follows in one launch
+            keys = self.keys[rows, t] if self.temperature else None
+            return sampling.sample(logits, keys, temperature=self.temperature or 1.0, times=times,
+                                   **dict(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p) if self.temperature else {})[:2]
         if self.temperature not in (0, 1):
             logits.div_(self.temperature)
         if self.temperature and (self.top_k or self.top_p < 1 or self.min_p):

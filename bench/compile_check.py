@@ -28,9 +28,10 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels import linear_logprob, logprob
+from kernels import linear_logprob, logprob, sample
 
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+PTXAS = sorted(map(str, (Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")))
 BF16, FP32, LONG = torch.bfloat16, torch.float32, torch.long
 
 
@@ -53,6 +54,9 @@ def cases():
     yield "logprob head frozen", partial(train, logprob.logprob, h, w, y)
     yield "logprob head trained, entropy", partial(train, logprob.logprob, h, w.detach().requires_grad_(), y)
     yield "linear_logprob fp32", partial(linear_logprob.linear_logprob, meta(64, 576, dtype=FP32), meta(49_152, 576, dtype=FP32), meta(64, dtype=LONG))
+    for options in (dict(), dict(top_k=50, top_p=0.9, min_p=0.05), None):
+        key = None if options is None else meta(256, dtype=LONG)
+        yield f"sample V 151936 {'greedy' if options is None else 'truncated' if options else ''}", partial(sample.sample, meta(256, 151_936, dtype=FP32), key, **options or {})
 
 
 def signature(fn, args, kwargs):
@@ -77,18 +81,16 @@ def compile_for(arch, fn, args, kwargs):
     types, constants, attrs = signature(fn, args, kwargs)
     options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
     kernel = triton.compile(ASTSource(fn, types, constants, attrs), target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(kernel.asm["ptx"])
         f.flush()
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    # ptxas reports what it spills as stack
-    return found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, "wgmma" if "wgmma" in kernel.asm["ptx"] else "mma" if "mma.sync" in kernel.asm["ptx"] else ""
-
-
-def tool(name):
-    """A binary of the CUDA toolkit, from the ones that Triton brings."""
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+        target = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+        # Triton brings two, an old and a new one; the cubin it made came from one of them
+        tries = [subprocess.run([p, "-v", f"--gpu-name={target}", f.name, "-o", os.devnull], capture_output=True, text=True) for p in PTXAS]
+        usage = next(t.stderr for t in reversed(tries) if not t.returncode)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", usage)))
+    dots = "wgmma" if "wgmma" in kernel.asm["ptx"] else "mma" if "mma.sync" in kernel.asm["ptx"] else ""
+    return int(re.search(r"Used (\d+) registers", usage)[1]), spilled, kernel.metadata.shared, dots
 
 
 def main(arch="90,80", only=""):

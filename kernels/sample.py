@@ -13,10 +13,25 @@ logits by 1e-6, which moves every edge of the cumulative sum, and 49,152 words h
 270, so 4 rows of 32 changed when the number of slots did. A race changes its mind only when its first two are within rounding: 0 of 32.
 One variate a word would cost 49,152 of them a token; two levels cost 384 + 128.
 
+On a GPU all of a row happens in one program of one launch (`sample`): temperature, truncation, both races, log-probability, entropy, and the
+logits are read once, 4 V bytes. Truncation to top-k, top-p and min-p is one cutoff: keep z >= c. The first two cutoffs are found without
+sorting, by the 8 hexadecimal digits of c's place in the order of all floats, each digit by one more reading of the row, so top-k or top-p
+alone costs 8 or 9 readings more, which the L2 cache serves in part. (Words equal to the cutoff are all kept; a sort would drop some.)
+
 Dims: n rows, V vocabulary, m runners of a race.
 """
+import math
+
 import torch
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch's CPU builds come without it and do not need it
+    from types import SimpleNamespace
+    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+
+MODE = "auto"  # set by kernels.use(): "auto" Triton on CUDA tensors, "triton" always, "torch" never
 BLOCK = 128  # near the square root of V, and it divides 49,152 and 151,936: no padding for the real vocabularies
 WORD, LONG = 0xFFFFFFFF, (1 << 64) - 1
 
@@ -96,3 +111,133 @@ def greedy(logits):
     """Most likely token (n,) of logits (n, V) and its log-probability (n,) in nats; ties go to the smallest id."""
     token = logits.argmax(-1, keepdim=True)
     return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+def on_triton(x) -> bool:
+    return (MODE == "triton" or MODE == "auto" and x.is_cuda) and x.dtype == torch.float32
+
+
+def sample_ref(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The definition of `sample`, in fp64 and by sorting: logits (n, V), key (n,) -> token (n,), logp (n,), entropy (n,)."""
+    z = logits.double() / temperature
+    if 0 < top_k < z.shape[1]:
+        z = z.masked_fill(z < z.topk(top_k, -1).values[:, -1:], float("-inf"))
+    if top_p < 1.0:
+        ordered, order = z.sort(-1)
+        gone = ordered.softmax(-1).cumsum(-1) <= 1.0 - top_p
+        gone[:, -1] = False
+        z = z.masked_fill(torch.zeros_like(gone).scatter_(1, order, gone), float("-inf"))
+    z = z.masked_fill(z < z.amax(-1, keepdim=True) + (math.log(min_p) if min_p else -math.inf), float("-inf"))
+    logp = z.log_softmax(-1)
+    return *draw_ref(z, key), -(logp.exp() * logp.clamp(min=-1e300)).sum(-1)
+
+
+def sample(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, times=1):
+    """Tempers, truncates, draws and scores in one launch, for tensors that `on_triton` accepts.
+
+    logits (n, V) fp32, not changed; key (n * times,) int64, row i draws from logits i // times; key None: the most likely word.
+    Returns token (n * times,) int64, logp and entropy (n * times,) fp32 in nats, both of the tempered and truncated distribution.
+    """
+    n, V = logits.shape
+    assert key is None or key.shape == (n * times,), f"logits {tuple(logits.shape)}, key {tuple(key.shape)}, times {times}"
+    token = torch.empty(n * times, dtype=torch.int64, device=logits.device)
+    logp, entropy = (torch.empty(n * times, device=logits.device) for _ in range(2))
+    if n:
+        _sample_kernel[(n * times,)](logits.contiguous(), key, token, logp, entropy, V, triton.cdiv(V, BLOCK), float(temperature), float(top_k), 1.0 - top_p,
+                                     math.log(min_p) if min_p else -math.inf, times, TOP_K=0 < top_k < V, TOP_P=top_p < 1.0,
+                                     BLOCK=BLOCK, TILE=min(4096, max(BLOCK, triton.next_power_of_2(V))), num_warps=8)
+    return token, logp, entropy
+
+
+@triton.jit
+def _words(logits, j, V, temperature, cut):
+    """Tempered logits of words j; -inf below the cutoff and past the end. NaN stays NaN: it fails the comparison."""
+    x = tl.div_rn(tl.load(logits + j, mask=j < V, other=float("-inf")), temperature)
+    return tl.where(x < cut, float("-inf"), x)
+
+
+@triton.jit
+def _exponential(key, i):
+    """log of the i-th exponential variate (fp64) of a row's key: SplitMix64 as in `splitmix`, where uint64 wraps by itself."""
+    z = key + (i + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return tl.log(-tl.log(((z >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16))
+
+
+@triton.jit
+def _cutoff(logits, V, temperature, cut, m, limit, MASS: tl.constexpr, TILE: tl.constexpr):
+    """The largest float c with  #{z >= c} >= limit,  or with MASS  mass{z < c} <= limit * mass{all}.
+
+    Floats compare like integers once the lower 31 bits of negative ones are flipped; both conditions hold up to some integer and fail from
+    there on, so 16 candidates tried at once give its next four bits. m: any number near the row's maximum.
+    """
+    d = tl.arange(0, 16).to(tl.int64)
+    at = tl.full((), -2139095041, tl.int64)  # -inf in that order; what lies past +inf is NaN and fails every comparison
+    step = tl.full((), 1 << 28, tl.int64)
+    for _ in range(8):
+        place = tl.minimum(at + d * step, 0x7FFFFFFF).to(tl.int32)
+        c = (place ^ ((place >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        found, total = tl.zeros((16,), tl.float32), 0.0
+        for start in range(0, V, TILE):
+            x = _words(logits, start + tl.arange(0, TILE), V, temperature, cut)
+            above = x[:, None] >= c[None, :]
+            if MASS:
+                e = tl.exp(x - m)
+                total += tl.sum(e, 0)
+                found += tl.sum(tl.where(above, 0.0, e[:, None]), 0)
+            else:
+                found += tl.sum(tl.where(above, 1.0, 0.0), 0)
+        good = found <= limit * total if MASS else found >= limit
+        at += tl.maximum(tl.sum(good.to(tl.int64), 0) - 1, 0) * step
+        step = step // 16
+    place = at.to(tl.int32)
+    return (place ^ ((place >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sample_kernel(logits, keys, token, logp, entropy, V, blocks, temperature, top_k, tail, floor, times,
+                   TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """A program a row. tail: 1 - top_p; floor: log(min_p) or -inf. A race over masses w is the argmax of log w - log E: no maximum is needed first."""
+    row = tl.program_id(0)
+    logits += (row // times).to(tl.int64) * V
+    key = tl.zeros((), tl.uint64) if keys is None else tl.load(keys + row).to(tl.uint64, bitcast=True)
+    cut, m = float("-inf"), -3.4028234e38
+    if TOP_K:
+        cut = _cutoff(logits, V, temperature, cut, 0.0, top_k, False, min(TILE, 1024))
+    if TOP_P or floor > float("-inf"):
+        for start in range(0, V, TILE):
+            m = tl.maximum(m, tl.max(_words(logits, start + tl.arange(0, TILE), V, temperature, cut), 0))
+        if TOP_P:
+            cut = tl.maximum(cut, tl.minimum(_cutoff(logits, V, temperature, cut, m, tail, True, min(TILE, 1024)), m))  # the first word stays
+        cut = tl.maximum(cut, m + floor)
+    m, s, t = -3.4028234e38, 0.0, 0.0
+    best, block = tl.full((), float("-inf"), tl.float64), 0
+    b, w = tl.arange(0, TILE // BLOCK), tl.arange(0, BLOCK)
+    for start in range(0, V, TILE):
+        x = _words(logits, start + b[:, None] * BLOCK + w[None, :], V, temperature, cut)
+        m_new = tl.maximum(m, tl.max(tl.max(x, 1), 0))
+        e = tl.exp(x - m_new)
+        mass = tl.sum(e, 1)
+        a = tl.exp(m - m_new)
+        t = a * (t + s * tl.maximum(m - m_new, -1000.0)) + tl.sum(tl.sum(tl.where(e > 0, e * (x - m_new), 0.0), 1), 0)
+        s = s * a + tl.sum(mass, 0)
+        if keys is None:
+            score = (tl.max(x, 1) - m_new).to(tl.float64)
+        else:
+            score = tl.log(mass.to(tl.float64)) - _exponential(key, start // BLOCK + b)
+        score = tl.where(score == score, score, float("-inf"))  # NaN loses here, and shows in the logp
+        # scores are relative to the maximum so far: beside a logit of -3e38 even fp64 would lose them
+        top, best, m = tl.max(score, 0), best + (m - m_new), m_new
+        block = tl.where(top > best, start // BLOCK + tl.argmax(score, 0), block)
+        best = tl.maximum(best, top)
+    score = (_words(logits, block * BLOCK + w, V, temperature, cut) - m).to(tl.float64)
+    if keys is not None:
+        score -= _exponential(key, tl.where(blocks > 1, blocks, 0) + w)
+    score = tl.where(score == score, score, float("-inf"))
+    word = tl.minimum(block * BLOCK + tl.argmax(score, 0), V - 1)  # inside the vocabulary, whatever the logits are
+    tl.store(token + row, word.to(tl.int64))
+    tl.store(logp + row, (_words(logits, word, V, temperature, cut) - m) - tl.log(s))
+    tl.store(entropy + row, tl.log(s) - t / s)

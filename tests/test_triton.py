@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import kernels
 import kernels.linear_logprob as S
 import kernels.logprob as L
+import kernels.sample as D
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -155,3 +156,70 @@ def test_logprob_and_its_gradients(monkeypatch, dtype, learns, options):
             grads.append([logp, entropy, *torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])])
         for i, (ours, ref) in enumerate(zip(*grads)):
             near(ours, ref, torch.float32 if i < 2 else dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- sample
+def by_torch(logits, key, *, temperature=1.0, **truncation):
+    """What rollout.py does on a CPU."""
+    return D.draw(L.truncate_(logits / temperature, **truncation), key)
+
+
+@pytest.mark.parametrize("V, n", [(1, 3), (2, 5), (127, 4), (128, 4), (129, 4), (1000, 6), (4097, 3), (49_152, 3), (151_936, 2)])
+def test_sampler_draws_the_same_tokens_as_torch(V, n):
+    logits, key = randn(n, V, seed=V, scale=3.0), D.token_keys(1, 2, torch.arange(n), 3, 4).to(DEVICE)
+    for options in [dict(), dict(temperature=0.7)] if V > 1000 else [dict(), dict(temperature=1.7, top_k=5), dict(top_p=0.8), dict(min_p=0.1), dict(top_k=100, top_p=0.95, min_p=0.01, temperature=0.6)]:
+        before = logits.clone()
+        token, logp, entropy = D.sample(logits, key, **options)
+        want, want_logp = by_torch(logits, key, **options)
+        ref, ref_logp, ref_entropy = D.sample_ref(logits.cpu(), key.cpu(), **options)
+        assert torch.equal(token, want) and torch.equal(token.cpu(), ref) and torch.equal(logits, before), options
+        torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(logp.cpu().double(), ref_logp, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(entropy.cpu().double(), ref_entropy, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.gpu
+def test_truncation_of_a_real_vocabulary():
+    """49,152 words: minutes in the interpreter; the cutoffs must be those of the sort, to the word."""
+    logits, key = randn(2, 49_152, scale=2.0), D.token_keys(0, 0, torch.arange(2), 0, 0).to(DEVICE)
+    options = dict(top_k=300, top_p=0.9, min_p=0.002, temperature=0.9)
+    token, logp, _ = D.sample(logits, key, **options)
+    want, want_logp = by_torch(logits, key, **options)
+    assert torch.equal(token, want)
+    torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)  # which a word more or less would move
+
+
+@settings(quick, max_examples=5)
+@given(st.integers(1, 250), st.integers(1, 2), st.integers(0, 30), st.sampled_from([1.0, 0.999, 0.5, 1e-6]), st.sampled_from([0.0, 0.05, 1.0]), st.integers(0, 99))
+def test_truncation_keeps_what_sorting_keeps(V, times, top_k, top_p, min_p, seed):
+    logits, key = randn(2, V, seed=seed, scale=2.0), D.token_keys(seed, 0, torch.arange(2 * times), 0, 0).to(DEVICE)
+    options = dict(top_k=top_k, top_p=top_p, min_p=min_p)
+    token, logp, _ = D.sample(logits, key, times=times, **options)
+    want, want_logp = by_torch(logits.repeat_interleave(times, 0), key, **options)
+    assert torch.equal(token, want)
+    torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)
+
+
+def test_sampler_at_extreme_logits_and_what_is_not_finite():
+    inf, V = float("inf"), 4300
+    z = torch.full((9, V), -inf)
+    z[0, 4200] = -1e4
+    z[1, :2] = torch.tensor([1e4, -1e4])
+    z[2] = -3e38
+    z[3, 5], z[3, 4299] = -3e38, 3e38
+    z[4, ::2] = 0.0
+    z[5] = torch.linspace(-1e4, 1e4, V)
+    z[6], z[7, 7], z[8] = 0.0, inf, -inf
+    z[6, 9] = float("nan")
+    z, key = z.to(DEVICE), D.token_keys(3, 0, torch.arange(9), 0, 0).to(DEVICE)
+    token, logp, entropy = D.sample(z, key)
+    assert torch.equal(token[:6], by_torch(z[:6].clone(), key[:6])[0]) and ((0 <= token) & (token < V)).all()
+    assert logp[6:].isnan().all() and logp[:6].isfinite().all() and entropy[:6].isfinite().all()
+    for row in (3, 5, 7):  # one word left, an honest row, one that is not finite
+        token, logp, _ = D.sample(z[row, None, 4000:], key[row, None], top_k=3, top_p=0.9)
+        assert token == by_torch(z[row, None, 4000:].clone(), key[row, None], top_k=3, top_p=0.9)[0] if row < 7 else 0 <= token < 300
+    token, logp, _ = D.sample(z[:6], None)
+    want, want_logp = D.greedy(z[:6])
+    assert torch.equal(token, want)
+    torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)
+    assert [len(x) for x in D.sample(z[:0], key[:0])] == [0, 0, 0]
