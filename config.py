@@ -27,16 +27,17 @@ class Config:
     device: str = "auto"  # cpu | cuda | cuda:1; auto: the GPU if there is one
     threads: int = 0  # CPU threads of torch; 0: one a core
     # -- data
-    task: str = "gsm8k"  # arithmetic | gsm8k | jsonl
+    task: str = "gsm8k"  # arithmetic | countdown | gsm8k | math | code | jsonl
     task_options: dict = field(default_factory=dict)  # passed to the task's function in data.py
     data_dir: str = "data"  # where a task's files are, or are downloaded to once
-    train_file: str = ""  # jsonl: file of training rows
-    eval_file: str = ""  # jsonl: file of held-out rows; "": the last tenth of train_file
+    train_file: str = ""  # jsonl, math, code: file of training rows
+    eval_file: str = ""  # the same of held-out rows; "": the last tenth of train_file
     system_prompt: str = ""  # goes first in every chat; with a plain-text tokenizer, before the prompt
     prefill: str = ""  # start of every answer, put into the model's mouth, e.g. "<think>"
     # -- rewards: (name in rewards.py or a function of this config file, weight); weight 0 is logged and not trained on
     rewards: list = field(default_factory=lambda: [("gsm8k", 1.0)])
     reward_messages: bool = False  # rewards get TRL's conversational form where the prompt is a list of messages
+    sandbox: str = "auto"  # for the reward `code`; strict: refuses to start where a program cannot be fully isolated
     reward_timeout: float = 300.0  # seconds one reward function may take for a batch
     # -- the batch: these three knobs and no others
     prompts_per_step: int = 8  # B, prompts of one update, over all ranks
@@ -175,7 +176,8 @@ def wrong(key: str, value):
 
 
 CHOICES = dict(dtype=("auto", "float32", "bfloat16"), objective=("reinforce", "clip", "cispo", "gspo"), aggregate=("token", "sequence", "constant", "group"),
-               advantage=("group", "none", "batch", "rloo"), kl=("k1", "k2", "k3"), schedule=("constant", "cosine", "linear"), wandb=("", "online", "offline"))
+               advantage=("group", "none", "batch", "rloo"), kl=("k1", "k2", "k3"), schedule=("constant", "cosine", "linear"), wandb=("", "online", "offline"),
+               sandbox=("auto", "strict"))
 AT_LEAST = dict(prompts_per_step=1, group_size=1, micro_tokens=1, max_new_tokens=1, temperature=0, top_k=0, steps=0, lr=0, beta=0, lora_rank=0,
                 sft_steps=0, sft_batch=1, eval_every=0, eval_problems=1, eval_samples=1, save_every=0, keep=0, rollouts_every=0, show_every=0, warmup_steps=0)
 

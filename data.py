@@ -134,6 +134,47 @@ def worked(a: int, b: int) -> str:
     return f"<{','.join(steps)}>"
 
 
+COUNTDOWN = ("Use the numbers {numbers}, each exactly once, to make {target}. You may use + - * / and parentheses. "
+             "End with the expression between <answer> and </answer>, for example <answer>(1 + 2) * 3</answer>.")
+
+
+def countdown(*, data_dir, eval_problems, least=3, most=4, high=25, largest=100, held_out=0.1, prompt=COUNTDOWN):
+    """Numbers and a target to make of them, each solvable, made up as they are needed, without end (after arXiv:2504.01848 and TinyZero).
+
+    From `least` to `most` numbers of 1 to `high`; a target of at most `largest`, reached over whole positive numbers. A share `held_out` of the problems
+    is never trained on. `solution` is one of the ways, which the reward does not ask for.
+    """
+    if not 2 <= least <= most <= 6 or not 2 <= high <= largest or not 0 < held_out <= 0.9:
+        raise ValueError(f"countdown needs 2 <= least <= most <= 6, 2 <= high <= largest, 0 < held_out <= 0.9; got {least}, {most}, {high}, {largest}, {held_out}")
+    make = functools.partial(countdown_row, least=least, most=most, high=high, largest=largest, held_out=held_out, prompt=prompt)
+    rows = {}
+    for row in filter(None, (make("held out", i, wanted=True) for i in range(4 * eval_problems))):
+        rows.setdefault((*sorted(row["numbers"]), row["target"]), row)  # no problem twice, in whatever order its numbers are
+    if not rows or not make(0, 0):
+        raise ValueError(f"there are too few problems of {least} to {most} numbers up to {high}: widen them, or change held_out")
+    return make, list(rows.values())[:eval_problems]
+
+
+def countdown_row(seed, index, *, least, most, high, largest, held_out, prompt, wanted=False, tries=10_000):
+    """Problem `index` of `seed`: the first of its draws that works out and is held out or not, as `wanted`. None if no draw is."""
+    for attempt in range(tries):
+        u = hashed("countdown", seed, index, attempt)
+        k, u = least + u % (most - least + 1), u // (most - least + 1)
+        numbers = [1 + (u := u // high) % high for _ in range(k)]
+        terms = [(n, str(n)) for n in numbers]
+        while len(terms) > 1 and terms[-1][0]:  # any two become one, until one is left or a step does not work out
+            (a, left), (b, right) = (terms.pop((u := u // 7) % len(terms)) for _ in range(2))
+            op = "+-*/"[(u := u // 7) % 4]
+            value = dict(zip("+-*/", (a + b, max(0, a - b), a * b, 0 if a % b else a // b)))[op]
+            terms.append((value, f"({left} {op} {right})"))
+        target, expression = terms[-1]
+        # Held out is a property of the problem alone, whatever the seed and the order of its numbers.
+        if len(terms) == 1 and 0 < target <= largest and target not in numbers and (hashed(sorted(numbers), target) % 10**6 < held_out * 10**6) == wanted:
+            return dict(prompt=prompt.format(numbers=", ".join(map(str, numbers)), target=target), numbers=numbers, target=target,
+                        solution=f"<answer>{expression[1:-1]}</answer>")
+    return None
+
+
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
 GSM8K_ROWS = {"train.jsonl": 7473, "test.jsonl": 1319}
 
@@ -185,15 +226,48 @@ def jsonl(*, data_dir, eval_problems, train_file=None, eval_file=None):
     """
     if not train_file:
         raise ValueError("the task 'jsonl' needs train_file=FILE, one JSON object with a `prompt` a line")
-    train = read_jsonl(train_file, data_dir, least=1 if eval_file else 2)
+    return from_jsonl(dict, data_dir, eval_problems, train_file, eval_file)
+
+
+def math(*, data_dir, eval_problems, train_file="math/train.jsonl", eval_file=None):
+    """Problems with a `problem` and an `answer`, or a `solution` that ends in \\boxed{answer}, as MATH has them (arXiv:2103.03874): one a line."""
+    return from_jsonl(as_math, data_dir, eval_problems, train_file, eval_file)
+
+
+def as_math(row: dict) -> dict:
+    return dict(row, prompt=row.get("prompt") or row["problem"], answer=row["answer"] if "answer" in row else row["solution"])
+
+
+PROBLEMS = Path(__file__).resolve().parent / "configs" / "code.jsonl"
+
+
+def code(*, data_dir, eval_problems, train_file=str(PROBLEMS), eval_file=None, show=1):
+    """Problems with a `prompt` and `tests` (what sandbox.check takes); by default the small set made for this repository. MBPP's columns will do too.
+
+    show: how many of the tests the prompt shows, since a text rarely says what the function is called.
+    """
+    return from_jsonl(functools.partial(as_code, show=show), data_dir, eval_problems, train_file, eval_file)
+
+
+def as_code(row: dict, show: int) -> dict:
+    setup = "\n".join([*row.get("test_imports", []), row.get("test_setup_code") or ""]).strip()
+    tests = row.get("tests") or row["test_list"]
+    shown = "".join(f"\n{t}" for t in tests[:show] if isinstance(t, str))
+    tests = [f"{setup}\n{t}" if setup and isinstance(t, str) else t for t in tests]
+    return dict(row, prompt=(row.get("prompt") or row["text"]) + (f"\n\nIt must pass tests such as:{shown}" if shown else ""), tests=tests)
+
+
+def from_jsonl(convert, data_dir, eval_problems, train_file, eval_file):
+    """Train and eval rows of jsonl's files, each made by convert(row)."""
+    train = read_jsonl(train_file, data_dir, 1 if eval_file else 2, convert)
     if eval_file:
-        return train, read_jsonl(eval_file, data_dir, least=1)[:eval_problems]
+        return train, read_jsonl(eval_file, data_dir, 1, convert)[:eval_problems]
     n = max(1, min(len(train) // 10, eval_problems))
     return train[:-n], train[-n:]
 
 
-def read_jsonl(path: str, data_dir: str, least: int) -> list[dict]:
-    """Rows of a file, looked for as it is named and in data_dir. ValueError names the line that cannot be used."""
+def read_jsonl(path: str, data_dir: str, least: int, convert=dict) -> list[dict]:
+    """Rows of a file, looked for as it is named and in data_dir, each made by convert(row). ValueError names the line that cannot be used."""
     found = next(filter(Path.is_file, (Path(path), Path(data_dir, path))), None)
     if found is None:
         raise ValueError(f"there is no file {path}, nor {Path(data_dir, path)}")
@@ -201,8 +275,11 @@ def read_jsonl(path: str, data_dir: str, least: int) -> list[dict]:
     for number, line in ((n, text) for n, text in lines if text.strip()):
         try:
             row = json.loads(line)
+            row = convert(row) if isinstance(row, dict) else row
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{found}, line {number}: not JSON ({e})") from None
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{found}, line {number}: has no usable column {e}") from None
         if not isinstance(row, dict) or not is_prompt(row.get("prompt")):
             raise ValueError(f'{found}, line {number}: needs a `prompt`, text or [{{"role": "user", "content": "text"}}, ..], and is {row!r:.150}')
         rows.append(row)
@@ -218,7 +295,7 @@ def is_prompt(prompt) -> bool:
     return isinstance(prompt, str) and prompt != ""
 
 
-TASKS = {"arithmetic": arithmetic, "gsm8k": gsm8k, "jsonl": jsonl}
+TASKS = {"arithmetic": arithmetic, "countdown": countdown, "gsm8k": gsm8k, "math": math, "code": code, "jsonl": jsonl}
 
 
 # -------------------------------------------------------------------------------------------------------- from text to tokens

@@ -15,6 +15,7 @@ import config as configs
 import data
 import rewards as rewarding
 import rollout
+import sandbox
 from sample import load_policy, pick_device
 
 
@@ -76,8 +77,15 @@ def options(cfg) -> dict:
                 temperature=cfg.eval_temperature, slots=cfg.slots, seed=cfg.seed, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
 
 
+def runs_code(functions) -> bool:
+    """Whether one of rewards.resolve's functions runs what the model wrote."""
+    return any(rewarding.name_of(function) == "code" for _, function, _ in functions)
+
+
 def load_task(cfg):
-    """The task of a Config."""
+    """The task of a Config. SandboxError where its rewards run code, and this machine cannot isolate it as the config wants."""
+    if cfg.sandbox == "strict" and runs_code(rewarding.resolve(cfg.rewards)):
+        sandbox.isolation(strict=True)
     return data.load_task(cfg.task, data_dir=cfg.data_dir, seed=cfg.seed, train_file=cfg.train_file or None, eval_file=cfg.eval_file or None,
                           eval_problems=cfg.eval_problems, **cfg.task_options)
 
@@ -96,5 +104,5 @@ def main(cfg):
 if __name__ == "__main__":
     try:
         main(configs.load(sys.argv[1:]))
-    except (ValueError, rewarding.RewardError) as e:
+    except (ValueError, rewarding.RewardError) as e:  # SandboxError too
         sys.exit(f"eval.py: {e}")

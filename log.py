@@ -25,6 +25,7 @@ import config as configs
 import data
 import eval as evaluation
 import rollout
+import sandbox
 
 
 def rank() -> int:
@@ -148,6 +149,9 @@ def header(run):
     say(f"{'scratch' if cfg.scratch else cfg.model}: {m.shape.family}, {total:,} parameters, {trained:,} trained ({f'LoRA {cfg.lora_rank}' if cfg.lora_rank else 'full'}), "
         f"{str(run.dtype).removeprefix('torch.')} on {name}" + (f", {world()} processes" if world() > 1 else ""))
     say("differs from the defaults: " + ", ".join(f"{k}={getattr(v, '__name__', v)!r}" for k, v in configs.differences(cfg).items()))
+    if evaluation.runs_code(run.rewards):
+        held = sandbox.isolation()
+        say(f"sandbox ({cfg.sandbox}): isolates {', '.join(held)}" + "".join(f"; NOT {name}" for name in sandbox.FULL if name not in held))
     row = run.task.batch(0, 1, cfg.seed)[0]
     ids = data.prompt_ids(run.tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill)
     slots = min(cfg.slots or 256, cfg.prompts_per_step // world() * cfg.group_size)

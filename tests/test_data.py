@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
+import rewards
+import sandbox
 from data import char_tokenizer, load_task, prompt_ids
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,6 +272,65 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         load_task("jsonl", train_file="no.jsonl", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match="needs train_file=FILE"):
         load_task("jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------- countdown
+def countdown_key(row):
+    return (*sorted(row["numbers"]), row["target"])
+
+
+@pytest.mark.parametrize("options", [dict(), dict(least=2, most=2, high=9), dict(least=5, most=6, high=9, largest=999), dict(high=99, held_out=0.5)])
+def test_countdown_problems_are_solvable_and_the_held_out_ones_are_never_trained_on(options):
+    task = load_task("countdown", eval_problems=40, **options)
+    rows = [row for seed in range(3) for row in task.batch(seed, 100, seed)]
+    assert 0 < len(task.eval) <= 40 and len(set(map(countdown_key, task.eval))) == len(task.eval)
+    assert not set(map(countdown_key, rows)) & set(map(countdown_key, task.eval))
+    assert sum(rewards.countdown([r["solution"] for r in rows], numbers=[r["numbers"] for r in rows], target=[r["target"] for r in rows])) == len(rows)
+    least, most, high, largest = (options.get(k, v) for k, v in dict(least=3, most=4, high=25, largest=100).items())
+    assert all(least <= len(r["numbers"]) <= most and all(1 <= n <= high for n in r["numbers"]) and 0 < r["target"] <= largest and r["target"] not in r["numbers"] for r in rows)
+    assert {len(r["numbers"]) for r in rows} == set(range(least, most + 1)) and all(str(n) in r["prompt"] for r in rows for n in (*r["numbers"], r["target"]))
+    assert all(any(op in r["solution"] for r in rows) for op in "+-*") and len(set(map(countdown_key, rows))) > len(rows) / 3
+
+
+def test_countdown_rows_are_the_same_for_ever_and_its_held_out_ones_for_every_seed():
+    assert [(r["numbers"], r["target"]) for r in load_task("countdown").batch(0, 3, 0)] == [([11, 19, 9], 39), ([22, 20, 17], 59), ([1, 4, 8], 28)]
+    assert load_task("countdown", eval_problems=20, seed=1).eval == load_task("countdown", eval_problems=50, seed=2).eval[:20]
+    with pytest.raises(ValueError, match="2 <= least <= most"):
+        load_task("countdown", least=5, most=4)
+
+
+# -------------------------------------------------------------------------------------------------------- mathematics and code
+def test_math_takes_the_answer_or_the_solution(tmp_path):
+    rows = [dict(problem="1+1?", answer="2", level=1), dict(problem="1+2?", solution=r"It is \boxed{3}."), dict(problem="p", prompt="q", answer=4)]
+    task = load_task("math", data_dir=str(tmp_path), train_file=write(tmp_path / "math.jsonl", rows))
+    assert [(r["prompt"], r["answer"]) for r in [*task.train, *task.eval]] == [("1+1?", "2"), ("1+2?", r"It is \boxed{3}."), ("q", 4)] and task.train[0]["level"] == 1
+    for bad, words in ((dict(question="x"), "line 2: has no usable column 'problem'"), (dict(problem="x"), "line 2: has no usable column 'solution'")):
+        with pytest.raises(ValueError, match=words):
+            load_task("math", train_file=write(tmp_path / "bad.jsonl", [rows[0], bad]))
+    with pytest.raises(ValueError, match=r"no file math.train\.jsonl"):
+        load_task("math", data_dir=str(tmp_path))
+
+
+def test_code_takes_its_own_columns_and_those_of_mbpp(tmp_path):
+    mbpp = dict(text="Add.", test_list=["assert add(1, 2) == 3", "assert add(1, 1) == 2"], test_setup_code="import math", code="..")
+    task = load_task("code", train_file=write(tmp_path / "code.jsonl", [mbpp, dict(prompt="Sum.", tests=[dict(input="1", output="1")])]))
+    first, second = task.train[0], task.eval[0]
+    assert first["tests"] == ["import math\nassert add(1, 2) == 3", "import math\nassert add(1, 1) == 2"]
+    assert first["prompt"] == "Add.\n\nIt must pass tests such as:\nassert add(1, 2) == 3" and second["prompt"] == "Sum."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+def test_the_problems_of_this_repository_accept_their_solutions_and_reject_the_wrong_ones():
+    task = load_task("code", eval_problems=4)
+    rows = [*task.train, *task.eval]
+    assert len(rows) == 40 and len({r["prompt"] for r in rows}) == 40 and all(len(r["tests"]) >= 3 and r["wrong"] for r in rows)
+    jobs = [(rewards.python_block(r["solution"]), r["tests"]) for r in rows if isinstance(r["tests"][0], str)]
+    jobs += [(rewards.python_block(r["solution"]), r["tests"][:1]) for r in rows if isinstance(r["tests"][0], dict)]
+    right = sandbox.check_all(jobs, seconds=10)
+    assert all(v == ["passed"] * len(job[1]) for v, job in zip(right, jobs)), [(j[0], v) for j, v in zip(jobs, right) if v != ["passed"] * len(j[1])]
+    jobs = [(source, r["tests"]) for r in rows for source in r["wrong"]]
+    wrong = sandbox.check_all(jobs, seconds=2)
+    assert all(isinstance(v, list) and v.count("passed") < len(v) for v in wrong), [j[0] for j, v in zip(jobs, wrong) if not isinstance(v, list) or v.count("passed") == len(v)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- prompts

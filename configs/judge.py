@@ -1,0 +1,22 @@
+"""Answers graded by another model, behind any endpoint of OpenAI's form (vLLM, llama.cpp, Ollama, a paid service): one GPU of 24 GB.
+
+    vllm serve Qwen/Qwen2.5-7B-Instruct                 # or another server; its key, if it wants one, in OPENAI_API_KEY
+    python train.py configs/judge.py --train_file=prompts.jsonl
+
+A judge likes long answers, and a policy finds that out: the length is held down by a reward of its own. Read rollouts/.
+"""
+from functools import partial
+
+from rewards import judge
+
+model = "Qwen/Qwen2.5-0.5B-Instruct"
+task, train_file = "jsonl", "prompts.jsonl"  # each line {"prompt": ..}, and "answer" where there is a reference
+rewards = [(partial(judge, url="http://localhost:8000/v1", model="Qwen/Qwen2.5-7B-Instruct"), 1.0), ("overlong", 0.5)]
+reward_timeout = 600.0
+
+prompts_per_step, group_size, micro_tokens = 8, 8, 16384
+max_new_tokens, temperature = 300, 1.0
+beta = 0.02
+lora_rank, lora_alpha = 32, 64.0
+steps, lr, warmup_steps = 200, 1e-5, 10
+eval_every, eval_problems, save_every = 50, 50, 100
