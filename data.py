@@ -120,16 +120,16 @@ def hashed(*key) -> int:
 
 
 def worked(a: int, b: int) -> str:
-    """347 + 585 -> "<750=12,481=13,351=09>": column by column from the right; digit, digit, carry in = carry out, digit.
+    """347 + 585 -> "<75_=^2,48^=^3,35^=_9>": column by column from the right; digit, digit, carry in = carry out, digit of the sum.
 
-    Every column has the same six characters, so each character is a copy from a fixed distance or a sum of three digits just before it, and
-    the answer that follows is the result digits read backwards. A small transformer learns such local rules first. Tried and learnt more
-    slowly: "7+5+0=12", which has longer ways, and "7+5=12,..,3+5+1=9", which also has no fixed distances.
+    "^" is a carry and "_" none. Every column has the same six characters, so each character is a copy from a fixed distance or a sum of what
+    stands just before it, and the answer that follows is the last digits read backwards. A small transformer learns such local rules first.
+    Carries are no digits, because with 0 and 1 it looked for them among the digits and misread 0s and 1s of the second column.
     """
     steps, carry, width = [], 0, len(str(max(a, b)))
     for x, y in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}")):
         total = int(x) + int(y) + carry
-        steps.append(f"{x}{y}{carry}={total:02d}")
+        steps.append(f"{x}{y}{'_^'[carry]}={'_^'[total // 10]}{total % 10}")
         carry = total // 10
     return f"<{','.join(steps)}>"
 

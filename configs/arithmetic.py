@@ -10,17 +10,16 @@ def worked(completions, **_):
     return [float("<" in c) for c in completions]
 
 
-scratch = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-               tie_word_embeddings=True)
-alphabet = "0123456789+=<>,"
+scratch = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+               rope_theta=30.0, initializer_range=0.05, tie_word_embeddings=True)  # 40 positions: fast waves tell them apart
+alphabet = "0123456789+=<>,_^"
 task = "arithmetic"
-task_options = dict(style="chars", digits=3, worked_share=0.3)
+task_options = dict(style="chars", digits=3, worked_share=0.28)
 rewards = [("arithmetic", 1.0), (worked, 0.0)]  # weight 0: shown, not rewarded
 
-sft_steps, sft_batch, sft_lr = 450, 64, 2e-3
+sft_steps, sft_batch, sft_lr = 280, 64, 2e-3
 lora_rank = 0
 prompts_per_step, group_size, micro_tokens = 16, 8, 16384
 max_new_tokens, temperature = 30, 0.7
-steps, lr, warmup_steps = 150, 5e-5, 5
-seed = 1  # seeds differ: with 0 the warm-up leaves half of the worked sums wrong, and GRPO stops at 50 %
-eval_every, eval_problems, save_every, show_every = 50, 500, 50, 30
+steps, lr, warmup_steps = 80, 5e-5, 5
+eval_every, eval_problems, save_every, show_every = 20, 500, 40, 20

@@ -21,7 +21,7 @@ import sandbox
 from data import char_tokenizer, load_task, prompt_ids
 
 ROOT = Path(__file__).resolve().parent.parent
-ALPHABET = "0123456789+=<>,"
+ALPHABET = "0123456789+=<>,_^"
 
 
 # --------------------------------------------------------------------------------------------------------- rows of a step
@@ -97,15 +97,16 @@ def test_demonstrations_are_right_and_the_given_share_is_worked(options):
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_worked_sums_add_column_by_column(a, b):
-    steps, carry, digits = data.worked(a, b).strip("<>").split(","), 0, ""
+    steps, carry, digits = data.worked(a, b).strip("<>").split(","), "_", ""
     for x, y, step in zip(str(a).zfill(len(steps))[::-1], str(b).zfill(len(steps))[::-1], steps, strict=True):
-        assert step == f"{x}{y}{carry}={int(x) + int(y) + carry:02d}"
-        carry, digits = int(step[-2]), step[-1] + digits
-    assert int(f"{carry}{digits}") == a + b  # the answer is the result digits read backwards
+        total = int(x) + int(y) + (carry == "^")
+        assert step == f"{x}{y}{carry}={'^' if total > 9 else '_'}{total % 10}"
+        carry, digits = step[-2], step[-1] + digits
+    assert int(f"{int(carry == '^')}{digits}") == a + b  # the answer is the result digits read backwards
 
 
 def test_worked_sum_as_documented():
-    assert data.worked(347, 585) == "<750=12,481=13,351=09>"
+    assert data.worked(347, 585) == "<75_=^2,48^=^3,35^=_9>"
     row = next(r for r in load_task("arithmetic", style="words", low=4, high=7).batch(0, 9, 0))
     assert row["prompt"].startswith("What is ") and row["solution"].endswith(f"= {row['answer']}")
 

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
              tie_word_embeddings=True, initializer_range=0.1)
-ALPHABET = "0123456789+=<>,"
+ALPHABET = "0123456789+=<>,_^"
 
 
 @pytest.fixture

@@ -197,7 +197,8 @@ def scenario(model, data):
     slots = data.draw(st.integers(1, 12) | st.none(), label="slots")
     out = generate(model, prompts, slots=slots, **options, **policy)
     check(model, prompts, out, group_size=options["group_size"], max_new_tokens=options["max_new_tokens"], stop_ids=options["stop_ids"], slots=slots)
-    assert scored(model, prompts, out, options["group_size"], **policy) < 2e-5
+    # logits / 0.5 have twice the rounding error of logits: up to 2.6e-5 on these weights
+    assert scored(model, prompts, out, options["group_size"], **policy) < 2e-5 / policy.get("temperature", 1.0)
     if slots is not None:
         assert generate(model, prompts, **options, **policy).ids == out.ids
 
@@ -209,7 +210,7 @@ def test_random_scenarios_keep_the_invariants(tiny, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_a_thousand_random_scenarios_keep_the_invariants(tiny, data):
     scenario(tiny, data)

@@ -31,7 +31,7 @@ def even(completions, **_):
 
 
 def settings(tmp_path, **keys):
-    base = dict(scratch=SHAPE, alphabet="0123456789+=<>,", task="arithmetic", task_options=dict(style="chars", digits=2), rewards=[(even, 1.0)], lora_rank=0, prompts_per_step=4,
+    base = dict(scratch=SHAPE, alphabet="0123456789+=<>,_^", task="arithmetic", task_options=dict(style="chars", digits=2), rewards=[(even, 1.0)], lora_rank=0, prompts_per_step=4,
                 group_size=4, max_new_tokens=12, micro_tokens=150, steps=4, lr=1e-2, warmup_steps=2, eval_every=0, save_every=2, rollouts_every=2, show_every=0,
                 threads=1, device="cpu", out_dir=str(tmp_path / "run"), keep=0)
     return configs.check_values(configs.Config(**(base | keys)))
@@ -92,7 +92,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, keys):
 
 CONFIG = """
 from tests.test_train import SHAPE as _shape, even
-scratch, alphabet, task, task_options = _shape, "0123456789+=<>,", "arithmetic", dict(style="chars", digits=2)
+scratch, alphabet, task, task_options = _shape, "0123456789+=<>,_^", "arithmetic", dict(style="chars", digits=2)
 rewards, lora_rank, lr, micro_tokens = [(even, 1.0)], 0, 1e-2, 300
 prompts_per_step, group_size, max_new_tokens, eval_every, save_every, show_every, rollouts_every, threads, device = 4, 4, 12, 0, 3, 0, 0, 1, "cpu"
 """
