@@ -42,12 +42,12 @@ def evaluate(model, tokenizer, rows, functions, *, stop_ids, max_new_tokens, sys
     out = rollout.generate(model, prompts, group_size=samples, max_new_tokens=max_new_tokens, stop_ids=stop_ids, slots=slots, seed=seed,
                            temperature=0.0 if samples == 1 else temperature, label="evaluating")
     texts = [prefill + text for text in tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
-    label, function, _ = functions[0]
-    twin = rewarding.LENIENT.get(label, function)
-    graded = [*functions, ("lenient", twin, 0.0)]
+    label = functions[0][0]
+    twin = rewarding.LENIENT.get(label)  # where there is none lenient is strict: nobody runs programs, or asks a judge, twice
+    graded = [*functions, ("lenient", twin, 0.0)] if twin else functions
     parts, _ = rewarding.score(graded, texts, [row["prompt"] for row in rows for _ in range(samples)], data.columns(rows, samples),
                                group_size=samples, completion_ids=out.ids, max_new_tokens=max_new_tokens, reward_messages=reward_messages, timeout=timeout)
-    right, lenient = parts[:, 0] >= 1.0, parts[:, -1] >= 1.0
+    right, lenient = parts[:, 0] >= 1.0, parts[:, -1 if twin else 0] >= 1.0
     N, lengths = len(rows), [len(ids) for ids in out.ids]
     low, high = wilson(right.mean() * N, N)  # samples of one problem are not independent: the interval is that of N problems
     metrics = {"eval/strict": right.mean(), "eval/strict_low": low, "eval/strict_high": high, "eval/lenient": lenient.mean(),

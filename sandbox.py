@@ -60,6 +60,7 @@ import builtins, json, operator, os, resource, sys
 with open(int(sys.argv[1]), "rb") as f:
     job = json.loads(f.read())
 sys.set_int_max_str_digits(0)
+os.environ.clear()
 os.chdir(job["scratch"])
 for name, value in job["limits"].items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
@@ -171,12 +172,14 @@ def wrapper(mode: str, seconds: float) -> list[str]:
     ended = ["timeout", "-s", "KILL", f"{PATIENCE * seconds + 1:g}"]
     if mode == "plain":
         return ended
-    folders = [d for d in ("/usr", "/bin", "/lib", "/lib64", "/lib32", "/nix", PREFIX) if os.path.isdir(d) and (d == "/usr" or not d.startswith("/usr/"))]
-    lines = ["set -e", "mount -t tmpfs -o size=1m,mode=755 none .", 'cd "$PWD"', "mkdir -p dev tmp", "touch dev/null", "mount --bind /dev/null dev/null"]
-    for d in map(shlex.quote, folders):
-        lines.append(f"ln -s {shlex.quote(os.readlink(shlex.split(d)[0]))} .{d}" if os.path.islink(shlex.split(d)[0]) else f"mkdir -p .{d}; mount --rbind -o ro {d} .{d}")
-    lines += [f"mount -t tmpfs -o nosuid,nodev,size={FILE_MB}m,nr_inodes={FILES},mode=1777 none tmp", "mount -o remount,ro,size=1m,mode=755 none .",
-              "echo 0 > /proc/sys/kernel/shmall || :", 'exec chroot . "$@"']  # System V shared memory would be memory beside the limit
+    folders = ["/usr", *(d for d in ("/bin", "/lib", "/lib64", "/lib32", "/nix", PREFIX) if os.path.isdir(d) and not (d + "/").startswith("/usr/"))]
+    lines = ["set -e", "mount -t tmpfs -o size=1m,mode=755 none .", 'cd "$PWD"', "mkdir -p dev tmp", "touch dev/null", "mount --bind /dev/null dev/null",
+             f"mount -t tmpfs -o nosuid,nodev,size={FILE_MB}m,nr_inodes={FILES},mode=1777 none tmp"]
+    for d in folders:  # where /lib is a link to usr/lib, a link it stays
+        there, here = shlex.quote(d), shlex.quote("." + d)
+        lines.append(f"ln -s {shlex.quote(os.readlink(d))} {here}" if os.path.islink(d) else f"mkdir -p {here}; mount --rbind -o ro {there} {here}")
+    lines += ["mount -o remount,ro,size=1m,mode=755 none .", "echo 0 > /proc/sys/kernel/shmall || :",  # System V shared memory would be memory beside the limit
+              'exec chroot . "$@"']
     # Another user each time: the kernel counts processes by user, and a fork bomb must not use up its neighbour's.
     user = [f"--reuid={(uid := random.randint(60001, 64999))}", f"--regid={uid}", "--clear-groups"] if mode == "root" else []
     return ["unshare", *(["--user", "--map-root-user"] if mode == "user" else []), "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child",
@@ -190,7 +193,7 @@ def started(job: dict, *, seconds: float, memory_mb: int = 512, stdin: bytes = b
     limits = dict(AS=memory_mb * 2**20, CPU=math.ceil(seconds), FSIZE=FILE_MB * 2**20, NOFILE=64, CORE=0, NPROC=1 if mode == "plain" else PROCESSES + 2)
     uid = random.randint(60001, 64999) if mode == "plain" and os.geteuid() == 0 else 0
     with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"sandbox-{os.getpid()}-", ignore_cleanup_errors=True))
         os.chmod(scratch, 0o777 if uid else 0o700)
         ready, told = os.pipe()
         stack.callback(os.close, ready)
