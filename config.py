@@ -50,17 +50,30 @@ class Config:
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
     slots: int | None = None  # rows decoded at once; None: all, at most 256
+    # -- dynamic sampling (DAPO): groups whose rewards are all equal teach nothing
+    resample_zero_groups: bool = False  # replace them by new prompts
+    resample_budget: int = 0  # extra prompts a step at most, over all ranks; 0: prompts_per_step
     # -- objective (FORMULAS in loss.py)
+    preset: str = ""  # grpo | dapo | dr_grpo | gspo | cispo | reinforce: several of these keys at once (PRESETS); a key given beside it wins
     objective: str = "clip"  # reinforce | clip | cispo | gspo
     aggregate: str = "token"  # token | sequence | constant | group
     advantage: str = "group"  # scale of the advantages: group | none | batch | rloo
+    combine: str = "sum"  # several rewards: sum | normalize_then_sum (GDPO; each normalised in its group)
+    reward_weights: types.FunctionType | None = None  # a function of the config file: step -> list of weights, instead of those in `rewards`
+    mask_truncated: bool = False  # completions cut by max_new_tokens count neither in the loss nor in its divisor
+    top_entropy: float = 1.0  # policy term on this share of the step's tokens only, those of the highest entropy; 0.2 in arXiv:2506.01939
+    mismatch_clip: float | None = None  # weight of a token min(exp(trainer - sampler), this), for a sampler that differs on purpose; 2 is usual
+    epochs: int = 1  # passes over the completions of a step
+    minibatches: int = 1  # updates in a pass, each on its share of the groups
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None  # cap of the ratio for negative advantages, e.g. 3
     cispo_max: float = 5.0
     beta: float = 0.0  # weight of the KL to the starting model; 0: no reference pass
-    kl: str = "k3"  # k1 | k2 | k3
+    kl: str = "k3"  # k1 | k2 | k3 | full (exact, over the vocabulary)
     kl_times_ratio: bool = False
+    ref_sync_every: int = 0  # steps between moves of the reference towards the policy (TR-DPO, full fine-tuning only); 0: it stays
+    ref_mix: float = 0.6  # reference = ref_mix * policy + (1 - ref_mix) * reference
     entropy_coef: float = 0.0
     # -- optimiser
     steps: int = 500  # updates
@@ -87,6 +100,8 @@ class Config:
     eval_temperature: float = 1.0
     eval_max_new_tokens: int = 0  # 0: max_new_tokens
     # -- the run
+    force: bool = False  # go on although the first batch shows that nothing can be learnt
+    kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0
     out_dir: str = ""  # "": out/NAME of the config file
     resume: bool = False  # go on from the newest whole checkpoint of out_dir
@@ -97,6 +112,16 @@ class Config:
     wandb: str = ""  # "" (off) | online | offline
     wandb_project: str = "nanogrpo"
 
+
+# What papers of these names do, where it differs in loss and sampling; their rates and lengths are the task's business.
+PRESETS = {
+    "grpo": dict(objective="clip", aggregate="sequence", advantage="group", clip_low=0.2, clip_high=0.2, beta=0.04, kl="k3"),  # arXiv:2402.03300
+    "dapo": dict(objective="clip", aggregate="token", advantage="group", clip_low=0.2, clip_high=0.28, beta=0.0, mask_truncated=True, resample_zero_groups=True),  # 2503.14476
+    "dr_grpo": dict(objective="clip", aggregate="constant", advantage="none", clip_low=0.2, clip_high=0.2, beta=0.0),  # 2503.20783
+    "gspo": dict(objective="gspo", aggregate="sequence", advantage="group", clip_low=3e-4, clip_high=4e-4, beta=0.0),  # 2507.18071
+    "cispo": dict(objective="cispo", aggregate="token", advantage="group", cispo_max=5.0, beta=0.0),  # 2506.13585
+    "reinforce": dict(objective="reinforce", aggregate="token", advantage="rloo", beta=0.0),  # 2402.14740
+}
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
@@ -120,9 +145,18 @@ def load(argv: list[str]) -> Config:
             values.setdefault("out_dir", os.path.join("out", os.path.splitext(os.path.basename(word))[0]))
     if "model" in flags:  # a checkpoint named by hand is the one meant, also where the config starts from random weights
         values["scratch"] = None
-    values.update(flags)
+    # from the weakest: the file's preset, the file's keys, the command line's preset, its keys
+    values = preset(values) | values | preset(flags) | flags
     config = Config(**{key: check(key, value) for key, value in values.items()})
     return check_values(config)
+
+
+def preset(values: dict) -> dict:
+    """The keys that the preset named in `values` sets."""
+    name = values.get("preset", "")
+    if name and name not in PRESETS:
+        raise ValueError(f"preset = {name!r} is not one of {', '.join(map(repr, PRESETS))}")
+    return PRESETS.get(name, {})
 
 
 def read(path: str) -> dict:
@@ -176,10 +210,11 @@ def wrong(key: str, value):
 
 
 CHOICES = dict(dtype=("auto", "float32", "bfloat16"), objective=("reinforce", "clip", "cispo", "gspo"), aggregate=("token", "sequence", "constant", "group"),
-               advantage=("group", "none", "batch", "rloo"), kl=("k1", "k2", "k3"), schedule=("constant", "cosine", "linear"), wandb=("", "online", "offline"),
+               advantage=("group", "none", "batch", "rloo"), kl=("k1", "k2", "k3", "full"), combine=("sum", "normalize_then_sum"), kernels=("auto", "torch", "triton"), schedule=("constant", "cosine", "linear"), wandb=("", "online", "offline"),
                sandbox=("auto", "strict"))
 AT_LEAST = dict(prompts_per_step=1, group_size=1, micro_tokens=1, max_new_tokens=1, temperature=0, top_k=0, steps=0, lr=0, beta=0, lora_rank=0,
-                sft_steps=0, sft_batch=1, eval_every=0, eval_problems=1, eval_samples=1, save_every=0, keep=0, rollouts_every=0, show_every=0, warmup_steps=0)
+                sft_steps=0, sft_batch=1, eval_every=0, eval_problems=1, eval_samples=1, save_every=0, keep=0, rollouts_every=0, show_every=0, warmup_steps=0, epochs=1, minibatches=1,
+                resample_budget=0, ref_sync_every=0, ref_mix=0)
 
 
 def check_values(c: Config) -> Config:
@@ -192,6 +227,16 @@ def check_values(c: Config) -> Config:
             raise ValueError(f"{key} = {getattr(c, key)!r} is too small: {least} is the least")
     if c.group_size == 1 and c.advantage != "none":
         raise ValueError("group_size = 1 has no group to compare with, so every advantage would be 0: use 2 or more, or advantage=none")
+    if not 0 < c.top_entropy <= 1 or not 0 <= c.ref_mix <= 1:
+        raise ValueError(f"top_entropy = {c.top_entropy!r} and ref_mix = {c.ref_mix!r} are shares: above 0 and at most 1")
+    if c.mismatch_clip is not None and c.mismatch_clip <= 0:
+        raise ValueError(f"mismatch_clip = {c.mismatch_clip!r} is the largest weight of a token: 2 is usual, None switches it off")
+    if c.ref_sync_every and (c.lora_rank or not c.beta):
+        raise ValueError("ref_sync_every moves a copy of the model towards the policy: it needs beta > 0 and full fine-tuning, lora_rank = 0")
+    if c.prompts_per_step % c.minibatches:
+        raise ValueError(f"prompts_per_step = {c.prompts_per_step} does not divide into {c.minibatches} minibatches of whole groups")
+    if c.combine == "normalize_then_sum" and c.advantage != "group":
+        raise ValueError(f"combine = 'normalize_then_sum' normalises in the group and over the step: it has no advantage = {c.advantage!r}, leave that at 'group'")
     if c.temperature == 0:
         raise ValueError("temperature = 0 draws the same completion for a whole group, so nothing could be learnt: use about 0.7 to 1")
     return c

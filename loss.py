@@ -81,6 +81,25 @@ def advantages(rewards, *, scale="group", ddof=1, eps=1e-4):
     return A.to(rewards.device, torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 
 
+def normalize_then_sum(parts, weights, *, ddof=1, eps=1e-4):
+    """Advantages of R rewards at once: each normalised in its group, weighted and summed, the sums normalised over the step (GDPO, 2601.05242).
+
+    parts (B, G, R), NaN for None, of the whole step; weights (R,). Returns (B, G), in the dtype that `advantages` returns. Summing first
+    gives (0, 2), (1, 1) and (2, 0) one reward and one advantage, and a reward of large spread drowns one of small spread; here each counts
+    as its weight says. A part that is None adds nothing. A row without any part, and a group all of whose parts are equal, have A = 0.
+    """
+    assert parts.dim() == 3 and weights.shape == parts.shape[2:], f"parts must be (B, G, R), weights (R,), got {tuple(parts.shape)}, {tuple(weights.shape)}"
+    each = torch.stack([advantages(part.double(), ddof=ddof, eps=eps) for part in parts.unbind(2)], 2)  # (B, G, R), 0 for NaN
+    counted = weights.double().to(each.device) != 0
+    total = (each * weights.double().to(each.device)).sum(2)                          # (B, G)
+    live = (each[:, :, counted] != 0).any(2).any(1, keepdim=True) & ~parts[:, :, counted].isnan().all(2)
+    # over the rows that have an advantage: those without would only shrink the spread, and must stay at exactly 0
+    chosen = total[live]
+    std = chosen.std(correction=ddof) if len(chosen) > ddof else chosen.new_zeros(())
+    A = torch.where(live, (total - (chosen.mean() if len(chosen) else 0.0)) / (std + eps), 0.0)
+    return A.to(torch.float64 if parts.dtype == torch.float64 else torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------- ratios and KL
 
 def tamed(f, x):
@@ -108,6 +127,7 @@ KL = {
                                                       # policy: as a loss term it does nothing unless kl_times_ratio is set
     "k2": lambda d: d.square() / 2,                   # biased value, unbiased gradient on-policy
     "k3": lambda d: tamed(torch.expm1, d) - d,        # unbiased, never negative; expm1: exp(d) - 1 - d is all rounding near 0
+    "full": None,                                     # the exact KL over the vocabulary, `exact_kl`: no estimate, no variance
 }
 
 
@@ -155,6 +175,25 @@ AGGREGATES = {
 }
 
 
+def highest(entropy, fraction):
+    """Bool (T,): the `fraction` of the tokens with the highest entropy (T,), nats; ties are kept. At least one token.
+
+    The forking tokens of arXiv:2506.01939: a policy term on the highest fifth alone learns as well, or better. Give it the tokens of the
+    whole step, or what is kept depends on the micro-batch.
+    """
+    assert 0 < fraction <= 1, f"fraction must be in (0, 1], got {fraction}"
+    keep = max(1, math.ceil(fraction * len(entropy))) if len(entropy) else 0
+    return entropy >= entropy.topk(keep).values[-1] if keep else torch.zeros_like(entropy, dtype=torch.bool)
+
+
+def mismatch_weight(trainer_logp, sampler_logp, most):
+    """min(exp(trainer - sampler), most) per token (T,), without gradient: corrects for a sampler that is not the trainer's model.
+
+    Truncated importance sampling (https://fengyao.notion.site/off-policy-rl): for `weight` of policy_loss, with old_logp the trainer's.
+    """
+    return tamed(torch.exp, (trainer_logp - sampler_logp).detach()).clamp(max=most)
+
+
 def divide_by(aggregate, tokens, rows, group_size, max_new_tokens):
     """The divisor of `aggregate` as a float, or a sentence about the keyword that it lacks."""
     divisor = pick(AGGREGATES, aggregate, "aggregate")
@@ -175,11 +214,11 @@ def normaliser(lengths, *, aggregate, group_size=None, max_new_tokens=None):
     return divide_by(aggregate, int(lengths.sum()), lengths.numel(), group_size, max_new_tokens)
 
 
-def refuse_nonsense(logp, old_logp, adv, rows, ref_logp, entropy, lengths, weight, objective, clip_low, clip_high, dual_clip,
-                    cispo_max, beta, entropy_coef, norm):
+def refuse_nonsense(logp, old_logp, adv, rows, ref_logp, entropy, lengths, weight, exact_kl, objective, clip_low, clip_high, dual_clip,
+                    cispo_max, beta, kl, entropy_coef, norm):
     """Everything that would train on silently wrong numbers stops here, in a sentence. No check reads a tensor's values."""
     assert logp.dim() == 1 and adv.dim() == 1, f"logp must be (T,) and adv (N,), got {tuple(logp.shape)} and {tuple(adv.shape)}"
-    per_token = {"old_logp": old_logp, "rows": rows, "ref_logp": ref_logp, "entropy": entropy, "weight": weight}
+    per_token = {"old_logp": old_logp, "rows": rows, "ref_logp": ref_logp, "entropy": entropy, "weight": weight, "exact_kl": exact_kl}
     for name, x in per_token.items():
         assert x is None or x.shape == logp.shape, f"{name} must be (T,) like logp, got {tuple(x.shape)} and {tuple(logp.shape)}"
     assert lengths is None or lengths.shape == adv.shape, f"lengths {tuple(lengths.shape)} must be (N,) like adv {tuple(adv.shape)}"
@@ -191,8 +230,8 @@ def refuse_nonsense(logp, old_logp, adv, rows, ref_logp, entropy, lengths, weigh
         raise ValueError(f"need clip_low, clip_high >= 0 and dual_clip > 1, got {clip_low}, {clip_high}, {dual_clip}")
     if cispo_max < 1:
         raise ValueError(f"cispo_max={cispo_max} caps the ratio itself: use about 5.0, not a width such as clip_high's 0.28")
-    if (beta and ref_logp is None) or (entropy_coef and entropy is None):
-        raise ValueError("a KL term (beta) needs ref_logp=, an entropy bonus (entropy_coef) needs entropy=")
+    if (beta and (exact_kl if kl == "full" else ref_logp) is None) or (entropy_coef and entropy is None):
+        raise ValueError('a KL term (beta) needs ref_logp=, or exact_kl= with kl="full"; an entropy bonus (entropy_coef) needs entropy=')
     if objective in SEQUENCE_LEVEL and lengths is not None:
         raise ValueError(f"{objective} has one ratio for a whole row, so rows cannot be cut into chunks: leave out lengths=")
     if len(logp) and norm <= 0:
@@ -201,7 +240,7 @@ def refuse_nonsense(logp, old_logp, adv, rows, ref_logp, entropy, lengths, weigh
 
 def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objective="clip", aggregate="token",
                 clip_low=0.2, clip_high=0.2, dual_clip=None, cispo_max=5.0, beta=0.0, kl="k3", kl_times_ratio=False,
-                entropy_coef=0.0, group_size=None, max_new_tokens=None, norm=None, lengths=None, weight=None):
+                entropy_coef=0.0, group_size=None, max_new_tokens=None, norm=None, lengths=None, weight=None, exact_kl=None):
     """The loss of T completion tokens, and the sums that the log needs.
 
     logp (T,) float32 or float64 with gradient; old_logp (T,) the sampler's, ref_logp (T,) the reference's, both detached here.
@@ -210,6 +249,7 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
     any split of the rows add up to those of the whole step, whatever the options.
     lengths (N,) int: tokens of each row, default: counted here. Give it, and norm, to call this on chunks that cut rows.
     weight (T,) >= 0: multiplies the policy term alone: 0 / 1 to keep only some tokens, or a truncated trainer / sampler ratio.
+    exact_kl (T,) with gradient: KL(policy || reference) over the whole vocabulary at each token, for kl="full" (kernels/exact_kl.py).
 
     The KL (times beta) and the entropy (times -entropy_coef) are added after clipping, under the same aggregation.
     kl_times_ratio multiplies the estimator by the token's own rho, with the gradient through rho (DeepSeek-V3.2, Eq. 7; TRL's
@@ -228,8 +268,8 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
     T, N = logp.numel(), adv.numel()
     loss_of, kl_of, _ = pick(OBJECTIVES, objective, "objective"), pick(KL, kl, "kl"), pick(AGGREGATES, aggregate, "aggregate")
     norm = divide_by(aggregate, T, N, group_size, max_new_tokens) if norm is None else norm
-    refuse_nonsense(logp, old_logp, adv, rows, ref_logp, entropy, lengths, weight, objective, clip_low, clip_high, dual_clip,
-                    cispo_max, beta, entropy_coef, norm)
+    refuse_nonsense(logp, old_logp, adv, rows, ref_logp, entropy, lengths, weight, exact_kl, objective, clip_low, clip_high, dual_clip,
+                    cispo_max, beta, kl, entropy_coef, norm)
 
     # Everything but logp and entropy is a constant. Passing old_logp=logp, the on-policy call with its detach() forgotten, would
     # otherwise give a ratio of 1 whose gradient is 0: a run that learns nothing and says nothing.
@@ -253,9 +293,9 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
     loss = policy = (share * term).sum()
 
     kls = None
-    if ref_logp is not None:
+    if (exact_kl if kl == "full" else ref_logp) is not None:
         with torch.set_grad_enabled(torch.is_grad_enabled() and beta != 0):           # beta = 0: watched, not trained on
-            kls = kl_of(ref_logp.detach().to(logp) - logp)                            # (T,)
+            kls = exact_kl.to(logp) if kl == "full" else kl_of(ref_logp.detach().to(logp) - logp)   # (T,)
             if kl_times_ratio:
                 kls = kls * tamed(torch.exp, logp - old)
     if beta:

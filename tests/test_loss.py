@@ -39,7 +39,7 @@ def batch(seed=8, lengths=(3, 1, 5, 0, 2, 4, 3, 2), dtype=F64):
     logp = -normal(T).abs() - 0.1
     old = logp + 0.25 * normal(T) + 0.3 * normal(N)[rows]            # the shift by row gives GSPO something to clip
     ref, entropy = logp + 0.4 * normal(T), normal(T).abs()
-    tensors = dict(logp=logp, old_logp=old, adv=adv, ref_logp=ref, entropy=entropy)
+    tensors = dict(logp=logp, old_logp=old, adv=adv, ref_logp=ref, entropy=entropy, exact_kl=normal(T).square())
     return {k: v.to(dtype) for k, v in tensors.items()} | {"rows": rows}
 
 
@@ -82,7 +82,7 @@ def oracle(x, objective, aggregate, beta, kl, kl_times_ratio, dual_clip, entropy
                 l = -l
             if beta:
                 d = ref[t] - logp[t]
-                k = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[kl]
+                k = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1, "full": x["exact_kl"][t]}[kl]
                 l = l + beta * (rho * k if kl_times_ratio else k)
             in_row = in_row + l - entropy_coef * ent[t]
         total = total + (in_row / len(tokens) if aggregate == "sequence" and tokens else in_row)
@@ -576,7 +576,7 @@ def test_an_infinite_reward_is_refused_with_its_place(bad):
 @pytest.mark.parametrize("change, sentence", [
     (dict(objective="gpso"), "did you mean 'gspo'.*Known: reinforce, clip, cispo, gspo"),
     (dict(aggregate="sequense"), "did you mean 'sequence'"), (dict(aggregate="bnpo", norm=3.0), "unknown aggregate"),
-    (dict(kl="full"), "unknown kl 'full'.*Known: k1, k2, k3"),
+    (dict(kl="k4"), "unknown kl 'k4'.*Known: k1, k2, k3, full"), (dict(beta=0.1, kl="full", exact_kl=None), "exact_kl="),
     (dict(aggregate="group"), "group_size="), (dict(aggregate="constant"), "max_new_tokens="),
     (dict(beta=0.1, ref_logp=None), "ref_logp="), (dict(entropy_coef=0.1, entropy=None), "entropy="),
     (dict(objective="gspo", lengths=torch.ones(8)), "whole row"), (dict(norm=0.0), "norm=0.0"),
@@ -720,3 +720,75 @@ def test_entropy_bonus_and_token_weight_equal_trl(trl_loss):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
         for a, b in zip(grads, want_grads):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------ several rewards, masks, mismatch
+def test_normalize_then_sum_equals_a_loop_with_nones_anywhere():
+    g = torch.Generator().manual_seed(4)
+    for _ in range(50):
+        B, G, R = (int(torch.randint(lo, hi, (), generator=g)) for lo, hi in ((1, 5), (2, 6), (1, 4)))
+        parts = torch.randint(0, 3, (B, G, R), generator=g).double() * torch.tensor([1.0, 10.0, 0.1])[:R]
+        parts[torch.rand(B, G, R, generator=g) < 0.15] = NAN
+        weights = torch.tensor([1.0, 0.5, 0.0])[:R]
+        sums, live = {}, []
+        for b, i in itertools.product(range(B), range(G)):
+            total, any_spread = 0.0, False
+            for r in range(R):
+                column = [x for x in parts[b, :, r].tolist() if x == x]
+                if weights[r] == 0 or len(column) < 2 or max(column) == min(column):
+                    continue
+                any_spread = True
+                mean = sum(column) / len(column)
+                std = (sum((x - mean) ** 2 for x in column) / (len(column) - 1)) ** 0.5
+                if not math.isnan(parts[b, i, r]):
+                    total += weights[r].item() * (parts[b, i, r].item() - mean) / (std + 1e-4)
+            sums[b, i] = total
+            if any_spread and any(weights[r] and not math.isnan(parts[b, i, r]) for r in range(R)):
+                live.append((b, i))
+        values = [sums[k] for k in live]
+        mean = sum(values) / max(1, len(values))
+        std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0
+        want = torch.tensor([[(sums[b, i] - mean) / (std + 1e-4) if (b, i) in live else 0.0 for i in range(G)] for b in range(B)], dtype=F64)
+        torch.testing.assert_close(loss.normalize_then_sum(parts, weights), want, rtol=1e-9, atol=1e-9)
+
+
+def test_normalize_then_sum_tells_apart_what_a_sum_does_not():
+    """GDPO's point: with the rewards (0, 1), (1, 0) and (1, 1) summed in groups of two, a prompt whose answers differ in both parts looks like one whose differ in one."""
+    parts = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [1.0, 1.0]]])
+    summed = advantages(parts.sum(2))
+    torch.testing.assert_close(summed[0], summed[1], rtol=1e-3, atol=1e-3)
+    apart = loss.normalize_then_sum(parts, torch.ones(2))
+    assert apart[0, 1] > 1.5 * apart[1, 1] > 0
+
+
+def test_an_equal_group_stays_at_exactly_zero_also_when_rewards_are_normalised_apart():
+    parts = torch.tensor([[[0.1, 3.0]] * 4, [[0.0, 3.0], [1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]])
+    A = loss.normalize_then_sum(parts, torch.ones(2))
+    assert (A[0] == 0).all() and (A[1] != 0).all()
+    assert (loss.normalize_then_sum(parts, torch.tensor([0.0, 1.0])) == 0).all()  # the part that differs has weight 0
+
+
+def test_highest_entropy_keeps_the_fraction_asked_for():
+    entropy = torch.tensor([0.5, 3.0, 0.1, 2.0, 2.0, 0.0, 1.0, 0.3, 0.2, 0.4])
+    assert loss.highest(entropy, 0.1).tolist() == [i == 1 for i in range(10)]
+    assert loss.highest(entropy, 0.2).tolist() == [i in (1, 3, 4) for i in range(10)]  # ties are kept
+    assert loss.highest(entropy, 1.0).all() and not loss.highest(torch.zeros(0), 0.2).numel()
+    with pytest.raises(AssertionError, match="fraction"):
+        loss.highest(entropy, 0.0)
+
+
+def test_mismatch_weight_is_the_truncated_ratio_and_a_constant():
+    trainer, sampler = torch.tensor([-1.0, -2.0, -0.5, 0.0], requires_grad=True), torch.tensor([-1.0, -1.0, -2.0, -500.0])
+    w = loss.mismatch_weight(trainer, sampler, 2.0)
+    assert not w.requires_grad
+    torch.testing.assert_close(w, torch.tensor([1.0, math.exp(-1), 2.0, 2.0]))
+
+
+def test_the_exact_kl_weighs_as_an_estimate_would_and_its_gradient_flows():
+    x = batch()
+    exact = x["exact_kl"].clone().requires_grad_()
+    value, stats = policy_loss(**(x | dict(exact_kl=exact)), beta=0.3, kl="full", aggregate="sequence")
+    value.backward()
+    lengths = torch.bincount(x["rows"], minlength=8)
+    torch.testing.assert_close(exact.grad, 0.3 / 8 / lengths[x["rows"]].double())
+    torch.testing.assert_close(stats["kl"], x["exact_kl"].sum())
