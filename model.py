@@ -16,6 +16,7 @@ C completion length, B prompts, G completions a prompt, M scored tokens. Source 
 import json
 import math
 import os
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -23,10 +24,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from kernels import flash_attention as flash
 from kernels.attention import Buckets, attention
 from kernels import linear_logprob as scoring
-from kernels.logprob import logits_fp32, logprob
-from kernels.rms_norm import rms_norm
+from kernels.exact_kl import exact_kl
+from kernels.logprob import any_truncation, logits_fp32, logprob, truncate_
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rotate
 from kernels.swiglu import swiglu
 
 # ---------------------------------------------------------------------------------------------- what a config.json may say
@@ -159,8 +163,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x, delta=None):
+        """The norm of x; with delta, x + delta and its norm."""
+        return rms_norm(x, self.weight, self.eps) if delta is None else add_rms_norm(x, delta, self.weight, self.eps)
 
 
 # one matmul for several projections: the input is read once, and a small model makes 4 calls a layer instead of 7
@@ -180,13 +185,6 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias) if self.fast is None else self.fast(x)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of x (T, heads, E) by cos and sin (T, 1, E/2); pairs are (i, i + E/2), as in Hugging Face checkpoints."""
-    # by hand as an autograd.Function it measured the same: the products are in the cache
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Block(nn.Module):
@@ -210,8 +208,8 @@ class Block(nn.Module):
         if self.qk_norm:
             qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], 1)
         q, k = rotate(qk, cos, sin).split([H, K], 1)
-        x = x + self.o(plan.attend(self.layer, q, k, v).reshape(T, H * E))
-        return x + self.down(swiglu(self.gate_up(self.post_norm(x))))
+        x, normed = self.post_norm(x, self.o(plan.attend(self.layer, q, k, v).reshape(T, H * E)))
+        return x + self.down(swiglu(self.gate_up(normed)))
 
 
 class Transformer(nn.Module):
@@ -268,15 +266,33 @@ class Transformer(nn.Module):
         (M,) fp32 tensors over all completion tokens in row order, logp and entropy, and rows (M,) int64, the completion (numbered over
         all groups) each token belongs to. Gradients flow. A prompt is computed once. truncation: top_k, top_p, min_p.
         """
-        packed = Packed(self, prompts, completions)
-        hidden = self(packed.ids, packed.positions, packed)
-        # only where something is predicted: the head of a small model costs as much as its layers
-        hidden = hidden.index_select(0, packed.sources)
+        hidden, packed = self.completion_hidden(prompts, completions)
         whole = dict(top_k=0, top_p=1.0, min_p=0.0) | truncation == dict(top_k=0, top_p=1.0, min_p=0.0)
         if scoring.on_triton(hidden) and whole and not torch.is_grad_enabled():  # nothing learns: no logits at all
             return *scoring.linear_logprob(hidden, self.head, packed.targets, temperature=temperature), packed.rows
         logp, entropy = logprob(hidden, self.head, packed.targets, temperature=temperature, **truncation)
         return logp, entropy, packed.rows
+
+    def completion_hidden(self, prompts, completions):
+        """Hidden states (M, D) from which the completion tokens are predicted, and the Packed stream that they come from."""
+        packed = Packed(self, prompts, completions)
+        # only where something is predicted: the head of a small model costs as much as its layers
+        return self(packed.ids, packed.positions, packed).index_select(0, packed.sources), packed
+
+    def completion_scores(self, prompts, completions, reference, *, temperature=1.0, **truncation):
+        """(logp, entropy, rows) as completion_logprobs, and the exact KL (M,) to a reference: its (hidden (M, D), head (V, D)), or None for none."""
+        if reference is None:
+            return *self.completion_logprobs(prompts, completions, temperature=temperature, **truncation), None
+        hidden, packed = self.completion_hidden(prompts, completions)
+        logp, entropy = logprob(hidden, self.head, packed.targets, temperature=temperature, **truncation)
+        truncation = dict(top_k=0, top_p=1.0, min_p=0.0) | truncation
+        truncate = partial(truncate_rows, targets=packed.targets, **truncation) if any_truncation(tuple(truncation.values())) else None
+        return logp, entropy, packed.rows, exact_kl(hidden, self.head, *reference, temperature=temperature, truncate=truncate)
+
+
+def truncate_rows(z, rows, *, targets, **truncation):
+    """The trainer's truncation of the scaled logits z (m, V) of a slice of rows, in place."""
+    return truncate_(z, keep=targets[rows], **truncation)
 
 
 class Packed:
@@ -321,11 +337,13 @@ class Packed:
             torch.tensor(x, dtype=torch.long, device=dev) for x in (ids, positions, sources, targets, rows))
         # the plan of attention is made of lengths, before any tensor is: no mask is inferred from values
         self.segments = segments
-        self.buckets = Buckets(segments, model.shape.H // model.shape.K, dtype=model.dtype, device=dev)
+        s, kw = model.shape, dict(dtype=model.dtype, device=dev)
+        # the same function of the same segments: stacked for torch, or as a table for one kernel
+        self.layout = flash.Tiles(segments, s.H // s.K, E=s.E, **kw) if flash.on_triton(model.embed) else Buckets(segments, s.H // s.K, **kw)
 
     def attend(self, layer, q, k, v):
-        """q (T, H, E), k and v (T, K, E) -> (T, H, E). The seam where a faster kernel goes."""
-        return attention(q, k, v, self.buckets)
+        """q (T, H, E), k and v (T, K, E) -> (T, H, E)."""
+        return attention(q, k, v, self.layout) if isinstance(self.layout, Buckets) else flash.flash_attention(q, k, v, self.layout)
 
 
 def micro_batches(prompts: list[list[int]], completions: list[list[list[int]]], micro_tokens: int) -> list[list[tuple[int, list[int]]]]:

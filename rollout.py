@@ -27,8 +27,10 @@ import torch
 
 from kernels.logprob import logits_fp32, truncate_
 from kernels.packed_linear import packed
+from kernels import flash_attention as flash
 from kernels import sample as sampling
-from kernels.sample import draw, greedy, token_keys
+from kernels.rope import store_keys
+from kernels.sample import draw, entropy, greedy, token_keys
 from model import Packed
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations
@@ -42,6 +44,7 @@ class Rollout:
     ids: list[list[int]]  # drawn ids, the stop id included
     logprobs: list[list[float]]  # nats, of the distribution each id was drawn from; at temperature 0, of the untempered one
     stopped: list[bool]  # ended by a stop id; False: cut by the length limit
+    entropies: list[list[float]]  # nats, of the distribution each id was drawn from; empty lists where they were not asked for
     stats: dict = field(default_factory=dict)  # seconds, tokens, slot_steps, useful_slot_steps, cache_bytes
 
     def group(self, b: int, group_size: int) -> list[list[int]]:
@@ -195,6 +198,33 @@ class Decode:
         return x if self.is_grid else x.index_select(0, self.back)
 
 
+class FlashDecode(Decode):
+    """The same plan for a GPU: a row of a table says where a slot's prompt and own keys lie and how many they are; one kernel reads the cache as it is."""
+
+    def __init__(self, cache: Cache, slots: int, device, dtype):
+        self.cache, K = cache, cache.own_k.shape[2]
+        # (slots, 6) as flash.Tiles.queries; where a prompt lies follows its group, how long it is (`mask`, for moves) follows the slot
+        self.table, self.mask = (torch.zeros(*shape, dtype=torch.long, device=device) for shape in ((slots, 6), (slots,)))
+        self.K, slot = K, torch.arange(slots, device=device)
+        self.table[:, 0], self.table[:, 1], self.table[:, 5] = slot, 1, slot * K * cache.C
+
+    def compose(self, groups: list[int]):
+        self.table[: len(groups), 3] = torch.tensor(groups, device=self.mask.device) * self.K * self.cache.P
+
+    def enter(self, slots, prompt_lengths):
+        self.mask[slots] = prompt_lengths
+
+    def advance(self, own, longest: int):
+        n = len(own)
+        self.c, self.own = longest + 1, own
+        self.table[:n, 2], self.table[:n, 4] = own, self.mask[:n]
+
+    def attend(self, layer, q, k, v):
+        n, c = len(q), self.cache
+        store_keys(k, v, c.own_k[layer], c.own_v[layer], self.own)
+        return flash.flash_decode(q, c.prompt_k[layer], c.prompt_v[layer], c.own_k[layer], c.own_v[layer], self.table[:n])
+
+
 class Progress:
     """A line that moves while rows finish, when standard error is a terminal; nothing otherwise."""
 
@@ -215,19 +245,20 @@ class Progress:
 
 
 def generate(model, prompts, *, group_size, max_new_tokens, stop_ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, slots=None,
-             seed=0, step=0, prompt_numbers=None, label="sampling") -> Rollout:
+             seed=0, step=0, prompt_numbers=None, entropy=False, label="sampling") -> Rollout:
     """Draws group_size completions of each prompt.
 
     prompts: B non-empty lists of ids. max_new_tokens: the longest completion, tokens; a prompt near the end of the model's context gets
     what is left. stop_ids: any of them ends a row and stays in it. temperature 0 is greedy. slots: rows decoded at once
-    (default: all, at most 256). seed, step, prompt_numbers (default 0..B-1): the keys of the draws. label: of the progress bar.
+    (default: all, at most 256). seed, step, prompt_numbers (default 0..B-1): the keys of the draws. entropy: note that of every
+    distribution drawn from, too. label: of the progress bar.
 
     Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
     """
     numbers = list(range(len(prompts)) if prompt_numbers is None else prompt_numbers)
     check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers)
     limits = [min(max_new_tokens, model.shape.context - len(p)) for p in prompts for _ in range(group_size)]
-    sampler = Sampler(model, prompts, group_size, limits, stop_ids, (temperature, top_k, top_p, min_p), slots, (seed, step, numbers), label)
+    sampler = Sampler(model, prompts, group_size, limits, stop_ids, (temperature, top_k, top_p, min_p), slots, (seed, step, numbers), label, entropy)
     return sampler.run()
 
 
@@ -237,7 +268,7 @@ class Sampler:
     limits: N, the longest completion of each row; policy: temperature, top_k, top_p, min_p; key: seed, step and the prompts' numbers.
     """
 
-    def __init__(self, model, prompts, group_size, limits, stop_ids, policy, slots, key, label):
+    def __init__(self, model, prompts, group_size, limits, stop_ids, policy, slots, key, label, entropy=False):
         B, G, dev = len(prompts), group_size, model.device
         self.model, self.prompts, self.G, self.limits, self.stop_ids = model, prompts, G, limits, set(stop_ids)
         self.temperature, self.top_k, self.top_p, self.min_p = policy
@@ -247,12 +278,13 @@ class Sampler:
         self.slots = plan_slots(model.shape, model.embed.itemsize, 0.8 * free_bytes(dev), slots=min(slots or 256, B * G), group_size=G, prompts=B, **sizes)
         self.places = group_places(self.slots, G, B)
         self.cache = Cache(model, groups=self.places, slots=self.slots, **sizes)
-        self.plan = Decode(self.cache, self.slots, dev, model.dtype)
+        self.plan = (FlashDecode if flash.on_triton(model.embed) else Decode)(self.cache, self.slots, dev, model.dtype)
         # every key of the batch at once: ten rounds of integer arithmetic a token would be a third of a small model's step
         seed, step, numbers = key
         self.keys = token_keys(seed, step, torch.tensor(numbers)[:, None, None], torch.arange(G)[None, :, None],
                                torch.arange(max(limits) if self.temperature else 0)).view(B * G, -1).to(dev)
-        self.ids, self.logprobs, self.stopped = ([[] for _ in range(B * G)], [[] for _ in range(B * G)], [False] * (B * G))
+        self.ids, self.logprobs, self.entropies, self.stopped = *([[] for _ in range(B * G)] for _ in range(3)), [False] * (B * G)
+        self.wants_entropy = entropy
         self.queue = deque(range(B))  # prompts not prefilled yet
         self.waiting = deque()  # rows that have their first token and no slot
         self.live: list[int] = []  # the row in slot 0, 1, ..
@@ -274,7 +306,7 @@ class Sampler:
         self.progress.close()
         stats = dict(seconds=time.perf_counter() - self.start, tokens=self.drawn, slot_steps=self.slot_steps, useful_slot_steps=self.drawn - len(self.ids),
                      slots=self.slots, cache_bytes=self.cache.bytes())
-        return Rollout(self.ids, self.logprobs, self.stopped, stats)
+        return Rollout(self.ids, self.logprobs, self.stopped, self.entropies, stats)
 
     def decode(self) -> list[int]:
         """One token for every live row. Returns the slots whose rows are finished."""
@@ -283,13 +315,13 @@ class Sampler:
         self.plan.advance(own, max([len(self.ids[row]) for row in self.live]) - 1)  # a row has drawn one token more than it has keys
         hidden = self.model(self.token[:n], self.prompt_length[:n] + own, self.plan)
         own += 1
-        token, logp = self.choose(hidden, rows, own)
+        token, logp, entropies = self.choose(hidden, rows, own)
         self.token[:n] = token
         self.slot_steps += self.slots if self.queue or self.waiting else n  # an empty slot is waste while somebody waits for it
-        return self.record(self.live, token, logp)
+        return self.record(self.live, token, logp, entropies)
 
     def choose(self, hidden, rows, t, times=1):
-        """Draws token number t of each row from its hidden state -> ids (n,), log-probabilities (n,).
+        """Draws token number t of each row from its hidden state -> ids (n,), log-probabilities (n,), entropies (n,) or None.
 
         rows, t (n,); hidden (n / times, D): the first tokens of a group are `times` draws from the same logits.
         """
@@ -297,18 +329,22 @@ class Sampler:
         if sampling.on_triton(logits):  # all that follows in one launch
             keys = self.keys[rows, t] if self.temperature else None
             return sampling.sample(logits, keys, temperature=self.temperature or 1.0, times=times,
-                                   **dict(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p) if self.temperature else {})[:2]
+                                   **dict(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p) if self.temperature else {})
         if self.temperature not in (0, 1):
             logits.div_(self.temperature)
         if self.temperature and (self.top_k or self.top_p < 1 or self.min_p):
             truncate_(logits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         if times > 1:
             logits = logits.repeat_interleave(times, 0)
-        return draw(logits, self.keys[rows, t]) if self.temperature else greedy(logits)
+        entropies = entropy(logits) if self.wants_entropy else None  # a pass over the logits, which few objectives need
+        return *(draw(logits, self.keys[rows, t]) if self.temperature else greedy(logits)), entropies
 
-    def record(self, rows: list[int], token, logp) -> list[int]:
+    def record(self, rows: list[int], token, logp, entropies) -> list[int]:
         """Notes what each row drew. Returns the indices of the rows for which that was the last, and closes their accounts."""
         tokens, logps = token.tolist(), logp.tolist()
+        if self.wants_entropy:
+            for row, h in zip(rows, entropies.tolist()):
+                self.entropies[row].append(h)
         if not math.isfinite(sum(logps)):
             raise FloatingPointError("the model's logits are not finite: its weights are broken (a learning rate too high, or a damaged checkpoint)")
         ended = []

@@ -9,6 +9,7 @@ memory than the architecture has (Triton itself finds that out only at the launc
 
 Dims as in kernels/: M rows, T tokens, D width, V vocabulary, H / K query / key heads, E head width, P prompt and C completion length.
 """
+import importlib
 import os
 import re
 import subprocess
@@ -28,7 +29,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels import linear_logprob, logprob, sample
+from kernels import flash_attention as flash
+from kernels import linear_logprob, logprob, lora_linear, rms_norm, rope, sample, softmax, swiglu
 
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 PTXAS = sorted(map(str, (Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")))
@@ -54,9 +56,25 @@ def cases():
     yield "logprob head frozen", partial(train, logprob.logprob, h, w, y)
     yield "logprob head trained, entropy", partial(train, logprob.logprob, h, w.detach().requires_grad_(), y)
     yield "linear_logprob fp32", partial(linear_logprob.linear_logprob, meta(64, 576, dtype=FP32), meta(49_152, 576, dtype=FP32), meta(64, dtype=LONG))
+    for D in (896, 3584):
+        yield f"norm D {D}", partial(train, rms_norm.rms_norm, meta(4096, D, grad=True), meta(D, grad=True), 1e-6)
+        yield f"add and norm D {D}", partial(train, rms_norm.add_rms_norm, *(meta(4096, D, grad=True) for _ in range(2)), meta(D, grad=True), 1e-6)
+    yield "SwiGLU", partial(train, swiglu.swiglu, meta(4096, 2 * 4864, grad=True))
+    yield "rope", partial(train, rope.rotate, meta(4096, 18, 64, grad=True)[:, :16], *(meta(4096, 1, 32) for _ in range(2)))
+    yield "store keys", partial(rope.store_keys, *(meta(256, 2, 64) for _ in range(2)), *(meta(256, 2, 400, 64) for _ in range(2)), meta(256, dtype=LONG))
+    yield "softmax", partial(train, softmax.softmax, meta(4096, 1000, grad=True))
+    for r in (16, 64):
+        yield f"LoRA rank {r}: shrink", partial(lora_linear.shrink, meta(4096, 896), meta(r, 896, dtype=FP32), 1.0)
+        yield f"LoRA rank {r}: expand", partial(lora_linear.expand_, meta(4096, 9728)[:, 4864:], meta(4096, 2 * r, dtype=FP32)[:, r:], meta(4864, r, dtype=FP32).t())
     for options in (dict(), dict(top_k=50, top_p=0.9, min_p=0.05), None):
         key = None if options is None else meta(256, dtype=LONG)
         yield f"sample V 151936 {'greedy' if options is None else 'truncated' if options else ''}", partial(sample.sample, meta(256, 151_936, dtype=FP32), key, **options or {})
+    for name, H, K, E, dtype in (("SmolLM2", 9, 3, 64, BF16), ("Qwen 0.5B", 14, 2, 64, BF16), ("Qwen 7B", 28, 4, 128, BF16), ("SmolLM2 fp32", 9, 3, 64, FP32)):
+        segments = [(0, 150, 0, 0)] + [(150 + 200 * g, 200, 0, 150) for g in range(8)]
+        qk, v, tiles = meta(1750, H + K, E, dtype=dtype, grad=True), meta(1750, K, E, dtype=dtype, grad=True), flash.Tiles(segments, H // K, E=E, dtype=dtype, device="meta")
+        yield f"attention, training: {name}", partial(train, flash.flash_attention, qk[:, :H], qk[:, H:], v, tiles)
+        cache = [meta(*shape, dtype=dtype) for shape in ((9, K, 160, E), (9, K, 160, E), (256, K, 400, E), (256, K, 400, E))]
+        yield f"attention, decoding: {name}", partial(flash.flash_decode, meta(256, H, E, dtype=dtype), *cache, meta(256, 6, dtype=LONG))
 
 
 def signature(fn, args, kwargs):
@@ -93,28 +111,32 @@ def compile_for(arch, fn, args, kwargs):
     return int(re.search(r"Used (\d+) registers", usage)[1]), spilled, kernel.metadata.shared, dots
 
 
-def main(arch="90,80", only=""):
-    launches = {}
-    kernels.use("auto")
-    for file in sys.modules.copy().values():  # kernels.use refuses Triton where there is no GPU, rightly
-        if getattr(file, "__name__", "").startswith("kernels."):
-            file.MODE = "triton"
+def launches(arch, only):
+    """(kernel, case, arguments, options) of every launch that the cases make, once for each set of types and constants."""
+    seen = {}
+    flash.capability = lambda device: arch
     for name, call in cases():
         if only in name:
-            JITFunction.run = lambda self, *args, grid, warmup, name=name, **kwargs: launches.setdefault((name, self.__name__, str(signature(self, args, kwargs)[:2])), (self, args, kwargs))
+            JITFunction.run = lambda self, *args, grid, warmup, name=name, **kwargs: seen.setdefault((self.__name__, str(signature(self, args, kwargs)[:2])), (self, name, args, kwargs))
             call()
-    bad = 0
-    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':22}{'case':44}{'sm':>4}{'regs':>6}{'spilled':>9}{'shared':>9}  dots")
-    for (name, _, _), (fn, args, kwargs) in launches.items():
-        for a in map(int, arch.split(",")):
+    return seen.values()
+
+
+def main(arch="90,80", only=""):
+    for name in kernels.WITH_TRITON:  # kernels.use refuses Triton where there is no GPU, rightly
+        importlib.import_module(f"kernels.{name}").MODE = "triton"
+    count = bad = 0
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':22}{'case':42}{'sm':>4}{'regs':>6}{'spilled':>9}{'shared':>9}  dots")
+    for a in map(int, arch.split(",")):
+        for fn, name, args, kwargs in launches(a, only):
             try:
                 regs, spilled, shared, dots = compile_for(a, fn, args, kwargs)
             except Exception as e:  # whatever the compiler raises is the finding
                 regs, spilled, shared, dots = 0, 0, 0, f"FAILED {type(e).__name__}: {str(e)[:200]}"
             failed = spilled or shared > SHARED[a] or "FAILED" in dots
-            bad += bool(failed)
-            print(f"{fn.__name__:22}{name:44}{a:4}{regs:6}{spilled:9}{shared:9}  {dots}{'  <-' if failed else ''}")
-    print(f"{len(launches)} kernels, {bad} bad")
+            count, bad = count + 1, bad + bool(failed)
+            print(f"{fn.__name__:22}{name:42}{a:4}{regs:6}{spilled:9}{shared:9}  {dots}{'  <-' if failed else ''}", flush=True)
+    print(f"{count} kernels, {bad} bad")
     return bad
 
 

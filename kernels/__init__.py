@@ -7,7 +7,7 @@ MODES = {
     "torch": "torch everywhere: for debugging, and for devices that Triton does not know",
     "triton": "Triton everywhere; on a CPU through its interpreter, thousands of times slower: for tests",
 }
-WITH_TRITON = ("linear_logprob", "logprob", "sample")
+WITH_TRITON = ("flash_attention", "linear_logprob", "logprob", "lora_linear", "rms_norm", "rope", "sample", "softmax", "swiglu")
 
 
 def use(mode: str) -> str:

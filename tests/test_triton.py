@@ -3,15 +3,28 @@
 conftest.py sets TRITON_INTERPRET before anything imports Triton, unless there is a GPU. The interpreter takes about a millisecond an operation
 of a program, so shapes here are small and odd; large ones are marked gpu.
 """
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels
+import kernels.flash_attention as A
 import kernels.linear_logprob as S
 import kernels.logprob as L
+import kernels.lora_linear as K
+import kernels.rms_norm as N
+import kernels.rope as P
 import kernels.sample as D
+import kernels.softmax as X
+import kernels.swiglu as U
+import lora
+import rollout
+from kernels.attention import attention_ref
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -223,3 +236,257 @@ def test_sampler_at_extreme_logits_and_what_is_not_finite():
     assert torch.equal(token, want)
     torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)
     assert [len(x) for x in D.sample(z[:0], key[:0])] == [0, 0, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+def table(groups):
+    """[(prompt length, [own lengths])] -> segments of a stream in which they stand one after another, and its length."""
+    segments, T = [], 0
+    for P, owns in groups:
+        start = T
+        segments.append((start, P, start, 0))
+        T += P
+        for C in owns:
+            segments.append((T, C, start, P))
+            T += C
+    return segments, T
+
+
+def check_attention(groups, H, K, E, dtype, scale=1.0):
+    segments, T = table(groups)
+    qk = randn(T, H + K, E, scale=scale, dtype=dtype)  # as in the model: q and k are parts of one tensor, v of another
+    v = randn(T, K + 1, E, seed=1, dtype=dtype)[:, 1:]
+    dout = randn(T, H, E, seed=2, dtype=dtype)
+    exact = [leaf(x, torch.float64) for x in (qk[:, :H], qk[:, H:], v)]
+    ref = attention_ref(*exact, segments)
+    inputs = [x.requires_grad_() for x in (qk[:, :H].detach(), qk[:, H:].detach(), v.detach())]
+    ours = A.flash_attention(*inputs, A.Tiles(segments, H // K, E=E, dtype=dtype, device=DEVICE))
+    near(ours, ref, dtype)
+    for a, b in zip(torch.autograd.grad(ours, inputs, dout), torch.autograd.grad(ref, exact, dout.double())):
+        near(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("H, K, E, groups", [
+    (1, 1, 8, [(1, [])]),  # one token
+    (4, 2, 16, [(37, [5, 40, 1]), (3, [])]),
+    (7, 1, 16, [(20, [12, 0, 33])]),  # 7 heads a key: rows of the tile are left over
+    (3, 3, 24, [(33, [9]), (2, [35])]),  # E is no power of two
+])
+def test_attention_is_its_definition_forward_and_backward(H, K, E, groups, dtype):
+    check_attention(groups, H, K, E, dtype)
+
+
+@settings(quick, max_examples=6)
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 13, 34]), st.lists(st.sampled_from([0, 1, 7, 35]), max_size=3)), min_size=1, max_size=2), st.sampled_from([1, 3]), st.sampled_from([1, 2]))
+def test_attention_of_any_segments(groups, R, K):
+    check_attention(groups, R * K, K, 8, torch.float32)
+
+
+def test_attention_of_extreme_scores():
+    check_attention([(20, [10, 3])], 2, 1, 16, torch.float32, scale=4.0)  # scores to +-200: weights are 0 and 1
+
+
+def test_completions_that_are_scattered_are_refused():
+    with pytest.raises(ValueError, match="one after another"):
+        A.Tiles([(0, 4, 0, 0), (4, 2, 0, 4), (6, 3, 6, 0), (9, 2, 0, 4)], 1, E=8, dtype=torch.float32, device=DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H, K, E", [(9, 3, 64), (14, 2, 64), (28, 4, 128), (16, 16, 80)])
+@pytest.mark.parametrize("dtype", LOW)
+def test_attention_of_real_models(H, K, E, dtype):
+    check_attention([(150, [200, 129, 0, 64, 1]), (1, [300]), (257, [])], H, K, E, dtype)
+    segments, T = table([(150, [200, 129])])
+    q, k, v = (randn(T, n, E, seed=n, dtype=dtype).requires_grad_() for n in (H, K, K + 50))
+    tiles = A.Tiles(segments, H // K, E=E, dtype=dtype, device=DEVICE)
+    grads = [torch.autograd.grad(A.flash_attention(q, k, v[:, :K], tiles).float().square().sum(), (q, k, v)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))  # to the bit: no atomics
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_decoding_reads_the_cache(dtype):
+    """Rows of two groups at different lengths; what the cache holds beyond them is NaN and must not be touched."""
+    n, H, K, E, P, C = 5, 6, 2, 16, 40, 70
+    group, lengths, own = [0, 0, 1, 1, 1], [40, 13], [0, 69, 3, 31, 64]
+    q = randn(n, H, E, dtype=dtype)
+    (pk, pv), (ok, ov) = ([randn(m, K, c, E, seed=i, dtype=dtype) for i in range(2)] for m, c in ((2, P), (n, C)))
+    for x in (pk, pv):
+        x[1, :, 13:] = float("nan")
+    for x in (ok, ov):
+        for i in range(n):
+            x[i, :, own[i] + 1 :] = float("nan")
+    rows = torch.tensor([[i, 1, own[i], group[i] * K * P, lengths[group[i]], i * K * C] for i in range(n)], device=DEVICE)
+    out = A.flash_decode(q, pk, pv, ok, ov, rows)
+    for i in range(n):
+        keys, values = (torch.cat([a[group[i], :, : lengths[group[i]]], b[i, :, : own[i] + 1]], 1).double() for a, b in ((pk, ok), (pv, ov)))
+        w = torch.einsum("krd,ktd->krt", q[i].double().view(K, H // K, E), keys).div(E**0.5).softmax(-1)
+        near(out[i], torch.einsum("krt,ktd->krd", w, values).reshape(H, E), dtype)
+
+
+# ------------------------------------------------------------------------------------- norm, rotation, SwiGLU, LoRA, softmax
+def check(ours, ref, inputs, dtype, exact=2e-6):
+    """Values and gradients of ours(*inputs), in dtype, against ref's in fp64. Results may be tuples."""
+    grads = []
+    for function, cast in ((ours, dtype), (ref, torch.float64)):
+        leaves = [leaf(x.to(dtype), cast) for x in inputs]
+        out = function(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        loss = sum((y.double() * randn(*y.shape, seed=9 + i, dtype=torch.float64)).sum() for i, y in enumerate(out))
+        grads.append([*out, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*grads):
+        assert a.dtype == dtype
+        near(a, b, dtype, exact=exact)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 64), (5, 130), (0, 8)])
+def test_rms_norm_with_and_without_residual(shape, dtype):
+    x, delta, weight = randn(*shape), randn(*shape, seed=1), 1 + 0.3 * randn(shape[-1], seed=2)
+    check(lambda x, w: N.rms_norm(x, w, 1e-5), lambda x, w: N.rms_norm_ref(x, w, 1e-5), [x, weight], dtype)
+    check(lambda x, d, w: N.add_rms_norm(x, d, w, 1e-5), lambda x, d, w: (x + d, N.rms_norm_ref(x + d, w, 1e-5)), [x, delta, weight], dtype)
+    check(lambda x, d: N.add_rms_norm(x, d, weight.to(dtype), 1e-5)[1], lambda x, d: N.rms_norm_ref(x + d, weight.to(dtype).double(), 1e-5), [x, delta], dtype)  # frozen; total unused
+    if x.numel():
+        big = leaf(x * 1e15)  # squares up to 1e30, cubes out of range
+        N.rms_norm(big, weight, 1e-5).sum().backward()
+        assert big.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 14), (2, 3, 2050), (0, 8)])
+def test_swiglu(shape, dtype):
+    check(U.swiglu, U.swiglu_ref, [randn(*shape, scale=2.0)], dtype)
+    assert U.swiglu(torch.tensor([[-1e4, 1e4, 1.0, 1.0]], device=DEVICE)).tolist() == [[0.0, 1e4]]
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("T, heads, E", [(1, 1, 2), (5, 3, 8), (3, 16, 24), (0, 2, 4)])
+def test_rotation(T, heads, E, dtype):
+    angles = randn(T, 1, E // 2, scale=9.0)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    check(lambda x: P.rotate(x[:, 1:], cos, sin), lambda x: P.rotate_ref(x[:, 1:], cos.double(), sin.double()), [randn(T, heads + 1, E)], dtype)
+
+
+def test_keys_and_values_are_stored_where_they_belong_and_nowhere_else():
+    kv, caches = randn(4, 6, 8), [randn(5, 3, 7, 8, seed=i) for i in (1, 2)]
+    places, want = torch.tensor([0, 6, 2, 2], device=DEVICE), [c.clone() for c in caches]
+    P.store_keys(kv[:, :3], kv[:, 3:], *caches, places)
+    kernels.use("torch")
+    P.store_keys(kv[:, :3], kv[:, 3:], *want, places)
+    assert all(torch.equal(a, b) for a, b in zip(caches, want)) and torch.equal(caches[1][1, :, 6], kv[1, 3:])
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("T, D, sizes, r", [(1, 8, [5], 1), (33, 70, [130, 7], 5), (3, 64, [16], 16)])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_lora_linear(T, D, sizes, r, dropout, dtype):
+    N = sum(sizes) + 3  # the last rows have no adapter
+    weight = randn(N, D, seed=3, dtype=dtype)
+    mask = (randn(T, D, seed=4) > 0).to(dtype) * 2 if dropout else None
+    rows = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+    x, A, B = randn(T, D, dtype=dtype), randn(len(sizes) * r, D, seed=1), [randn(n, r, seed=5 + i) for i, n in enumerate(sizes)]
+    grads = []
+    for function, wide, W in ((K.lora_linear, False, weight), (K.lora_linear_ref, True, weight.double())):
+        def base(x, W=W):
+            return x @ W.t()
+        base.weight = W
+        leaves = [leaf(t, torch.float64 if wide else None) for t in (x, A, *B)]  # adapters are fp32 beside bf16
+        y = function(leaves[0], mask if mask is None else mask.to(W.dtype), base, 0.7, rows, *leaves[1:])
+        grads.append([y, *torch.autograd.grad((y.double() * randn(T, N, seed=8, dtype=torch.float64)).sum(), leaves)])
+    for a, b in zip(*grads):
+        near(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 3, 130), (0, 4)])
+def test_softmax(shape, dtype):
+    check(X.softmax, X.softmax_ref, [randn(*shape, scale=3.0)], dtype)
+    inf = float("inf")
+    x = torch.tensor([[1e4, -1e4, 0.0, -inf], [-inf, -inf, 2.0, 2.0]], device=DEVICE)
+    assert X.softmax(x).tolist() == [[1, 0, 0, 0], [0, 0, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize("mode, words", [("fast", "unknown"), ("Triton", "unknown")])
+def test_a_mode_that_does_not_exist_is_refused(mode, words):
+    with pytest.raises(ValueError, match=words):
+        kernels.use(mode)
+
+
+def test_the_switch_reaches_every_kernel_file():
+    """A file with a MODE that kernels.use does not know would stay on its own."""
+    files = {p.stem for p in (Path(rollout.__file__).parent / "kernels").glob("*.py") if "\nMODE = " in p.read_text()}
+    assert files == set(kernels.WITH_TRITON)
+    kernels.use("torch")
+    assert not any(x.on_triton(torch.zeros(1, device=DEVICE)) for x in (A, D, K, L, N, P, S, U, X))
+
+
+# ---------------------------------------------------------------------------------------------- the model, the sampler, a step
+PROMPTS, GROUPS = [[1, 2, 3, 4, 5], [7]], [[[8, 9], [10, 11, 12]], [[13], [5, 4, 3, 2]]]
+
+
+def step(model):
+    """Log-probabilities, entropies and the gradient of every weight of a loss on both."""
+    model.zero_grad()
+    logp, entropy, _ = model.completion_logprobs(PROMPTS, GROUPS, temperature=0.8)
+    (logp * torch.linspace(-1, 1, len(logp), device=DEVICE)).sum().sub(0.1 * entropy.sum()).backward()
+    return [logp, entropy, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def test_model_forward_and_backward_equal_torch(tiny):
+    tiny.to(DEVICE)
+    for p in tiny.parameters():  # norms that are not 1
+        p.data += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ours = step(tiny)
+    with torch.no_grad():
+        scored = tiny.completion_logprobs(PROMPTS, GROUPS, temperature=0.8)  # another kernel: no logits
+    logits = tiny.logits(torch.tensor(PROMPTS[0], device=DEVICE))
+    kernels.use("torch")
+    ref = step(tiny)
+    assert len(ours) == len(ref)
+    for a, b in zip(ours, ref):
+        near(a, b, torch.float32)
+    for a, b in zip(scored[:2], ref):
+        near(a, b, torch.float32)
+    near(logits, tiny.logits(torch.tensor(PROMPTS[0], device=DEVICE)), torch.float32)
+
+
+def test_lora_step_equals_torch(tiny):
+    lora.apply(tiny, rank=4, alpha=8, targets=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]).to(DEVICE)
+    for name, p in tiny.named_parameters():
+        if ".B." in name:
+            p.data = randn(*p.shape, seed=3, scale=0.1)
+    ours = step(tiny)
+    kernels.use("torch")
+    ref = step(tiny)
+    assert len(ours) == len(ref) > 15
+    for a, b in zip(ours, ref):
+        near(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0), dict(top_k=20, top_p=0.9)], ids=str)
+def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
+    """Six rows through three slots: prefill, decoding from the cache, refilling, moving rows and groups."""
+    tiny.to(DEVICE)
+    runs = []
+    for mode in ("triton", "torch"):
+        kernels.use(mode)
+        runs.append(rollout.generate(tiny, PROMPTS + [[3, 1, 4]], group_size=2, max_new_tokens=6, stop_ids=[11, 40, 17], slots=3, **options))
+    assert runs[0].ids == runs[1].ids and runs[0].stopped == runs[1].stopped
+    for a, b in zip(runs[0].logprobs, runs[1].logprobs):
+        assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=2e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+@pytest.mark.parametrize("only", ["swiglu", "sample"])
+def test_bench_of_the_gpu_runs_dry(only):
+    """Its code is tried without a GPU; it prints no figure then, and writes none."""
+    root = Path(rollout.__file__).parent
+    before = sorted((root / "bench/results").iterdir())
+    out = subprocess.run([sys.executable, "bench/gpu.py", "--dry", f"--only={only}"], cwd=root, capture_output=True, text=True)
+    assert out.returncode == 0 and "not measured" in out.stdout and f"{only}" in out.stdout, out.stdout + out.stderr
+    assert sorted((root / "bench/results").iterdir()) == before
+
+
+def test_compile_check_compiles_for_gpus_that_are_not_here():
+    out = subprocess.run([sys.executable, "bench/compile_check.py", "--arch=90", "--only=SwiGLU"], cwd=Path(rollout.__file__).parent, capture_output=True, text=True)
+    assert out.returncode == 0 and "2 kernels, 0 bad" in out.stdout, out.stdout + out.stderr
