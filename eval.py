@@ -71,6 +71,23 @@ def summary(metrics: dict) -> str:
     return line + f", {m['mean_length']:.0f} tokens, {m['clipped_ratio']:.1%} cut, {m['problems']:.0f} problems"
 
 
+def refuse_hopeless(rewards, stopped, max_new_tokens: int):
+    """ValueError, with the knob to turn, where nothing can be learnt from a batch: rewards (B, G), NaN for None; stopped, N bools."""
+    groups = [[r for r in group if r == r] for group in rewards.tolist()]
+    known = [r for group in groups for r in group]
+    go_on = "or go on with --force=True"
+    if not any(stopped):
+        raise ValueError(f"every completion of the first batch was cut at {max_new_tokens} tokens: raise max_new_tokens, ask for shorter answers in system_prompt, {go_on}")
+    if not known:
+        raise ValueError(f"the rewards could not score one completion of the first batch (all None): look at the rows' columns with python eval.py, {go_on}")
+    if all(not group or max(group) == min(group) for group in groups):
+        cut = 1 - sum(stopped) / len(stopped)
+        knob = ("raise max_new_tokens" if cut > 0.5 else "take harder problems" if max(known) == min(known) > 0 else
+                "take easier problems or a larger group_size, say in system_prompt what the reward wants, add a reward for part of the way, or warm up with sft_steps")
+        raise ValueError(f"in the first batch all {len(groups[0])} rewards of each of {len(groups)} groups are equal (from {min(known):g} to {max(known):g}; {cut:.0%} of the "
+                         f"completions cut), so every advantage is 0: {knob}, {go_on}")
+
+
 def options(cfg) -> dict:
     """The keyword arguments of `evaluate` that a Config gives."""
     return dict(max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, system=cfg.system_prompt, prefill=cfg.prefill, samples=cfg.eval_samples,

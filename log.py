@@ -111,17 +111,17 @@ def peak_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def write_rollouts(run, rows, out, texts, parts, reward, adv, entropies):
+def write_rollouts(run, batch, adv, entropies):
     """rollouts/step_000010.jsonl: one object a completion, prompts in order (rank 0's share of them)."""
     if rank() != 0:
         return
-    folder, G = run.out / "rollouts", run.cfg.group_size
+    folder, G, out = run.out / "rollouts", run.cfg.group_size, batch.out
     folder.mkdir(exist_ok=True)
     labels = [label for label, _, _ in run.rewards]
     with open(folder / f"step_{run.step:06d}.jsonl", "w") as f:
         for n, ids in enumerate(out.ids):
-            row = dict(step=run.step, prompt=rows[n // G * world()]["prompt"], completion=texts[n], ids=ids, reward=number(reward[n]),
-                       parts={label: number(parts[n, i]) for i, label in enumerate(labels)}, advantage=float(adv[n]),
+            row = dict(step=run.step, prompt=batch.rows[n // G]["prompt"], completion=batch.texts[n], ids=ids, reward=number(batch.reward[n]),
+                       parts={label: number(batch.parts[n, i]) for i, label in enumerate(labels)}, advantage=float(adv[n]),
                        finish_reason="stop" if out.stopped[n] else "length", logprobs=[round(lp, 5) for lp in out.logprobs[n]],
                        entropy=[round(h, 5) for h in entropies[n].tolist()] if n in entropies else None)
             f.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ import checkpoint
 import config as configs
 import data
 import eval as evaluation
+import kernels
 import lora
 import loss as losses
 import model as models
@@ -55,13 +57,14 @@ class Run:
     def __init__(self, cfg):
         self.cfg = cfg
         self.device, self.dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
+        kernels.use(cfg.kernels)
         if "LOCAL_RANK" in os.environ:  # torchrun
             if self.device == "cuda":
                 self.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.startswith("cuda") else "gloo")
-            if cfg.prompts_per_step % world():
-                raise ValueError(f"prompts_per_step = {cfg.prompts_per_step} does not divide among {world()} processes")
+            if cfg.prompts_per_step % (world() * cfg.minibatches):
+                raise ValueError(f"prompts_per_step = {cfg.prompts_per_step} does not divide among {world()} processes" + f" and {cfg.minibatches} minibatches" * (cfg.minibatches > 1))
         checkpoint.writable(cfg.out_dir)
         self.out = Path(cfg.out_dir)
         self.task, self.rewards = evaluation.load_task(cfg), rewarding.resolve(cfg.rewards)
@@ -69,7 +72,7 @@ class Run:
         if cfg.resume and self.resumed is None:
             say(f"nothing to resume in {cfg.out_dir}: starting from the beginning")
         self.fingerprint = {key: getattr(cfg, key) for key in ("model", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed", "sft_steps")}
-        self.step, self.num_tokens, self.checked, saved = 0, 0, False, {}
+        self.step, self.num_tokens, self.checked, self.torn, saved = 0, 0, False, False, {}
         if self.resumed:  # before minutes of loading: is it this run's?
             saved, state = checkpoint.load_state(self.resumed)
             checkpoint.check_same_run(state, self.fingerprint)
@@ -109,7 +112,8 @@ class Run:
             if self.resumed:
                 lora.load_adapter(self.model, str(self.resumed))
         elif cfg.beta:
-            self.reference = copy.deepcopy(self.model) if not self.resumed else load_policy(self.base, dtype=self.dtype, device=self.device)[0]
+            moved = self.resumed / "reference" if self.resumed and cfg.ref_sync_every else self.base
+            self.reference = copy.deepcopy(self.model) if not self.resumed else load_policy(str(moved), dtype=self.dtype, device=self.device)[0]
             self.reference.requires_grad_(False)
 
     def check_adapter(self, layer):
@@ -138,102 +142,249 @@ class Run:
                 for p, data_now in zip(trained, now):
                     p.data = data_now
 
+    @torch.no_grad()
+    def sync_reference(self):
+        """Moves the reference towards the policy every ref_sync_every steps (TR-DPO, arXiv:2404.09656)."""
+        if self.cfg.ref_sync_every and self.step % self.cfg.ref_sync_every == 0:
+            for r, p in zip(self.reference.parameters(), self.model.parameters()):
+                r.lerp_(p, self.cfg.ref_mix)
+
     def save(self) -> Path:
         """Writes ckpt/step_NNNNNN, whole or not at all."""
         state = dict(num_tokens=self.num_tokens, model=self.fingerprint)
-        return checkpoint.save(self.out, self.step, write_model=lambda folder: save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base=self.base),
-                               optimizer_state=self.optimizer.state(), state=state, keep=self.cfg.keep)
+        return checkpoint.save(self.out, self.step, write_model=self.write, optimizer_state=self.optimizer.state(), state=state, keep=self.cfg.keep)
+
+    def write(self, folder: Path):
+        save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base=self.base)
+        if self.cfg.ref_sync_every:  # a reference that moves is state, too
+            save_policy(self.reference, self.tokenizer, self.stop_ids, str(folder / "reference"), base="")
 
 
 # ----------------------------------------------------------------------------------------------------------------- one step
-def sample_and_score(run, rows, timer):
-    """This rank's share of a step: its prompts, Rollout, texts, reward parts (n, R) and rewards (n,), NaN for None."""
-    cfg, mine = run.cfg, range(rank(), len(rows), world())
-    rows = [rows[b] for b in mine]
+@dataclass
+class Batch:
+    """This rank's completions of a step: group_size of each of its rows, laid end to end."""
+
+    rows: list[dict]
+    prompts: list[list[int]]  # ids
+    out: rollout.Rollout
+    texts: list[str]
+    parts: np.ndarray  # (n, R) of each reward, NaN for None
+    reward: np.ndarray  # (n,)
+
+    def replace_group(self, b: int, other: "Batch", i: int, G: int):
+        """Group i of another batch takes the place of group b."""
+        self.rows[b], self.prompts[b] = other.rows[i], other.prompts[i]
+        here, there = slice(b * G, b * G + G), slice(i * G, i * G + G)
+        for name in ("ids", "logprobs", "stopped", "entropies"):
+            getattr(self.out, name)[here] = getattr(other.out, name)[there]
+        for name in ("texts", "parts", "reward"):
+            getattr(self, name)[here] = getattr(other, name)[there]
+
+
+def sample_and_score(run, rows, numbers, timer) -> Batch:
+    """Samples a group for each of these rows and scores it. numbers: the rows' numbers in the step, which draws are keyed by."""
+    cfg = run.cfg
     prompts = [data.prompt_ids(run.tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill) for row in rows]
     with timer("sample"):
         run.model.eval()  # no LoRA dropout in the sampler
         out = rollout.generate(run.model, prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens, stop_ids=run.stop_ids,
                                temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p, slots=cfg.slots, seed=cfg.seed,
-                               step=run.step + 1, prompt_numbers=list(mine))
+                               step=run.step + 1, prompt_numbers=numbers, entropy=cfg.top_entropy < 1)
     with timer("score"):
         texts = [cfg.prefill + text for text in run.tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
-        parts, reward = rewarding.score(run.rewards, texts, [row["prompt"] for row in rows for _ in range(cfg.group_size)], data.columns(rows, cfg.group_size),
+        parts, reward = rewarding.score(weighted(run), texts, [row["prompt"] for row in rows for _ in range(cfg.group_size)], data.columns(rows, cfg.group_size),
                                         group_size=cfg.group_size, completion_ids=out.ids, max_new_tokens=cfg.max_new_tokens,
                                         reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
-    return prompts, out, texts, parts, reward
+    return Batch(rows, prompts, out, texts, parts, reward)
 
 
-def gradients(run, prompts, out, adv, norm, timer):
-    """Backward over this rank's rows in micro-batches. adv (n,). Returns the sums policy_loss gives, and token entropies by row."""
+def flat_groups(reward, G) -> list[int]:
+    """Groups of reward (n,) that teach nothing: all equal, or none scored. By their spread, not their mean: rewards need not be 0 and 1."""
+    groups = [[r for r in group if r == r] for group in reward.reshape(-1, G).tolist()]
+    return [b for b, group in enumerate(groups) if not group or max(group) == min(group)]
+
+
+def resample(run, batch, timer) -> tuple[int, int, int]:
+    """Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): new prompts for groups without signal. Returns prompts used, tokens drawn and read.
+
+    Each round replaces at most the groups that are still flat; what is flat again stays as it was first. The extra prompts are a stream of
+    their own, a function of (seed, step, rank), so a resumed run and the next step's own prompts are the same with and without them.
+    """
     cfg, G = run.cfg, run.cfg.group_size
-    # without a KL or an entropy term a row of advantage 0 has gradient 0: its tokens count in `norm` and are not computed
-    needed = (adv != 0) | bool(cfg.beta or cfg.entropy_coef)
-    groups = [[out.ids[b * G + g] if needed[b * G + g] else [] for g in range(G)] for b in range(len(prompts))]
-    stats, entropies = {}, {}
-    for cut in models.micro_batches(prompts, groups, cfg.micro_tokens):
-        numbers = [b * G + g for b, members in cut for g in members]  # this micro-batch's rows
-        batch = [prompts[b] for b, _ in cut], [[groups[b][g] for g in members] for b, members in cut]
-        options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p)
-        ref_logp = None
+    budget, used, tokens, read = (cfg.resample_budget or cfg.prompts_per_step) // world(), 0, 0, 0
+    extra = run.task.batch(run.step, budget * world(), cfg.seed + 7_919)[rank() :: world()]  # not the stream of the steps, nor that of the warm-up
+    while used < budget and (flat := flat_groups(batch.reward, G)):
+        rows = extra[used : used + len(flat)]
+        numbers = [cfg.prompts_per_step + rank() + world() * (used + i) for i in range(len(rows))]
+        new = sample_and_score(run, rows, numbers, timer)
+        good = sorted(set(range(len(rows))) - set(flat_groups(new.reward, G)))
+        for b, i in zip(flat, good):
+            batch.replace_group(b, new, i, G)
+        used, tokens, read = used + len(rows), tokens + new.out.stats["tokens"], read + G * sum(map(len, new.prompts))
+    return used, tokens, read
+
+
+def weighted(run) -> list[tuple]:
+    """The rewards with this step's weights."""
+    if run.cfg.reward_weights is None:
+        return run.rewards
+    weights = run.cfg.reward_weights(run.step + 1)
+    if len(weights) != len(run.rewards):
+        raise ValueError(f"reward_weights gave {len(weights)} weights at step {run.step + 1} for {len(run.rewards)} rewards")
+    return [(label, f, float(w)) for (label, f, _), w in zip(run.rewards, weights)]
+
+
+def step_advantages(run, everyone):
+    """(B, G) advantages of the whole step, from every rank's parts and rewards: scale "batch" and GDPO need them all."""
+    G = run.cfg.group_size
+    parts, rewards = (torch.from_numpy(np.concatenate([x[i] for x in everyone])) for i in (0, 1))
+    if run.cfg.combine == "sum":
+        return losses.advantages(rewards.view(-1, G), scale=run.cfg.advantage)
+    return losses.normalize_then_sum(parts.view(-1, G, parts.shape[1]), torch.tensor([w for _, _, w in weighted(run)], dtype=torch.float64))
+
+
+def micro_batches(run, batch, chosen, needed):
+    """Yields (numbers, (prompts, completions)) for the rows of the groups `chosen` that are `needed` (n,): a micro-batch's rows, and what the model scores."""
+    G, prompts = run.cfg.group_size, batch.prompts
+    groups = [[batch.out.ids[b * G + g] if b in chosen and needed[b * G + g] else [] for g in range(G)] for b in range(len(prompts))]
+    for cut in models.micro_batches(prompts, groups, run.cfg.micro_tokens):
+        numbers = [b * G + g for b, members in cut for g in members]
+        yield numbers, ([prompts[b] for b, _ in cut], [[groups[b][g] for g in members] for b, members in cut])
+
+
+def flat(values, numbers, device):
+    """Per-token values of the rows `numbers`, laid end to end: (T,) float32."""
+    return torch.tensor([x for n in numbers for x in values[n]], device=device)
+
+
+def gradients(run, batch, chosen, adv, needed, norm, timer, *, trainer_logp=None, bar=None):
+    """Backward over the rows of the groups `chosen`, in micro-batches. Returns the sums policy_loss gives, and token entropies by row.
+
+    adv, needed (n,): advantage of each row, and whether it is computed. trainer_logp: the trainer's log-probabilities by row from before the
+    step's first update, where there are several. bar: the entropy (nats) from which on a token is in the policy term, or None.
+    """
+    cfg, stats, entropies = run.cfg, {}, {}
+    options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p)
+    for numbers, scored in micro_batches(run, batch, chosen, needed):
+        ref_logp = ref_hidden = None
         if cfg.beta:
             with timer("reference"), torch.no_grad(), run.as_reference() as reference:
-                ref_logp, _, _ = reference.completion_logprobs(*batch, **options)
+                if cfg.kl == "full":
+                    ref_hidden = reference.completion_hidden(*scored)[0], reference.head.detach()
+                else:
+                    ref_logp, _, _ = reference.completion_logprobs(*scored, **options)
         with timer("train"):
             run.model.train()
-            logp, entropy, rows = run.model.completion_logprobs(*batch, **options)
-            old_logp = torch.tensor([lp for n in numbers for lp in out.logprobs[n]], device=logp.device)
+            logp, entropy, rows, exact_kl = run.model.completion_scores(*scored, ref_hidden, **options)
+            old_logp, weight = flat(batch.out.logprobs, numbers, logp.device), None
+            if cfg.mismatch_clip:  # the ratio is then the trainer's to itself, and the sampler's difference a weight
+                before = flat(trainer_logp, numbers, logp.device) if trainer_logp else logp.detach()
+                old_logp, weight = before, losses.mismatch_weight(before, old_logp, cfg.mismatch_clip)
+            if bar is not None:
+                weight = (flat(batch.out.entropies, numbers, logp.device) >= bar) * (1.0 if weight is None else weight)
             loss, sums = losses.policy_loss(
-                logp, old_logp, adv[numbers].to(logp.device), rows, ref_logp=ref_logp, entropy=entropy, objective=cfg.objective, aggregate=cfg.aggregate,
-                clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, cispo_max=cfg.cispo_max, beta=cfg.beta, kl=cfg.kl,
-                kl_times_ratio=cfg.kl_times_ratio, entropy_coef=cfg.entropy_coef, group_size=G, max_new_tokens=cfg.max_new_tokens, norm=norm)
+                logp, old_logp, adv[numbers].to(logp.device), rows, ref_logp=ref_logp, exact_kl=exact_kl, entropy=entropy, weight=weight,
+                objective=cfg.objective, aggregate=cfg.aggregate, clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
+                cispo_max=cfg.cispo_max, beta=cfg.beta, kl=cfg.kl, kl_times_ratio=cfg.kl_times_ratio, entropy_coef=cfg.entropy_coef,
+                group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens, norm=norm)
             if not torch.isfinite(loss.detach()):
-                torch.save(dict(prompts=batch[0], completions=batch[1], logp=logp.detach(), old_logp=old_logp), run.out / "bad_batch.pt")
+                torch.save(dict(prompts=scored[0], completions=scored[1], logp=logp.detach(), old_logp=old_logp), run.out / "bad_batch.pt")
                 raise Stop(f"the loss is {loss.item()} at step {run.step + 1}; the micro-batch that made it is in {run.out / 'bad_batch.pt'}")
             loss.backward()
         stats = losses.add_stats(stats, sums)
-        for n, row in zip(numbers, entropy.detach().split([len(out.ids[n]) for n in numbers])):
+        for n, row in zip(numbers, entropy.detach().split([len(batch.out.ids[n]) for n in numbers])):
             entropies[n] = row
     return stats, entropies
 
 
-def train_step(run) -> dict:
-    """One update. Returns the row for metrics.jsonl; writes the step's rollouts when they are due."""
-    cfg, timer = run.cfg, Timer()
-    torch.manual_seed(hash((cfg.seed, run.step, rank())))  # LoRA dropout, the only torch randomness there is
-    rows = run.task.batch(run.step, cfg.prompts_per_step, cfg.seed)
-    prompts, out, texts, parts, reward = sample_and_score(run, rows, timer)
+def learn(run, batch, adv, timer, whole):
+    """The updates of a step: `epochs` passes over its groups, each in `minibatches` parts. adv (n,). Returns metrics and token entropies by row.
 
-    # rewards of all ranks: a mean is a ratio of two sums over the whole step, and scale "batch" needs them all
-    lengths = [len(ids) for ids in out.ids]
-    everyone = gather((parts, reward, lengths, out.stopped))
-    rewards = torch.from_numpy(np.concatenate([r.reshape(-1, cfg.group_size) for _, r, _, _ in everyone]))  # (B, G), rank by rank
-    all_adv = losses.advantages(rewards, scale=cfg.advantage)
-    adv = all_adv.chunk(world())[rank()].reshape(-1).float()
-    all_lengths = [n for _, _, lengths_of, _ in everyone for n in lengths_of]
-    norm = losses.normaliser(all_lengths, aggregate=cfg.aggregate, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens)
-
-    stats, entropies = gradients(run, prompts, out, adv, norm, timer)
-    stats = reduce_stats(stats)
-    difference = stats["diff_sum"] / max(1, stats["tokens"]) if stats else 0.0
-    check_mismatch(run, stats, difference)
+    One update is the usual case. With several the ratio leaves 1 and clipping has something to do; the divisor is that of the update.
+    whole: an ExitStack that ends with the step; from the first update on nothing interrupts it.
+    """
+    cfg, G, updates = run.cfg, run.cfg.group_size, run.cfg.epochs * run.cfg.minibatches
+    lengths = [len(ids) for ids in batch.out.ids]
+    kept = torch.tensor([stopped or not cfg.mask_truncated for stopped in batch.out.stopped])
+    # without a KL or an entropy term a row of advantage 0 has gradient 0: its tokens count in the divisor and are not computed
+    needed = kept & ((adv != 0) | bool(cfg.beta or cfg.entropy_coef))
+    everybody, trainer_logp, bar = range(len(batch.prompts)), None, None
+    if cfg.top_entropy < 1:  # one bar for the step, from the sampler's entropies, so that it does not depend on micro-batches
+        all_entropies = torch.tensor([h for rank_h in gather([h for n, row in enumerate(batch.out.entropies) if kept[n] for h in row]) for h in rank_h])
+        bar = all_entropies[losses.highest(all_entropies, cfg.top_entropy)].min() if len(all_entropies) else None
+    if cfg.mismatch_clip and updates > 1:
+        trainer_logp = trainer_scores(run, batch, everybody, needed, timer)
+    total, entropies, norms = {}, {}, []
     lr = optim.learning_rate(run.step, lr=cfg.lr, warmup_steps=cfg.warmup_steps, steps=cfg.steps, schedule=cfg.schedule)
-    with timer("train"), checkpoint.uninterrupted():  # an update torn in half could not be saved
-        for grad in run.optimizer.grads() if world() > 1 else ():
-            dist.all_reduce(grad)
-        grad_norm = float(run.optimizer.step(lr, max_norm=cfg.max_grad_norm))
-        run.optimizer.zero_grad()
-        run.step += 1
-        run.num_tokens += sum(all_lengths) + cfg.group_size * sum(gather(sum(map(len, prompts))))
+    for update in range(updates):
+        chosen = everybody[update % cfg.minibatches :: cfg.minibatches]
+        counted = gather([lengths[n] for b in chosen for n in range(b * G, b * G + G) if kept[n]])
+        norm = losses.normaliser([n for of in counted for n in of], aggregate=cfg.aggregate, group_size=G, max_new_tokens=cfg.max_new_tokens)
+        stats, of_rows = gradients(run, batch, chosen, adv, needed, norm, timer, trainer_logp=trainer_logp, bar=bar)
+        stats, entropies = reduce_stats(stats), of_rows | entropies
+        if not update:
+            difference, worst = stats["diff_sum"] / max(1, stats["tokens"]) if stats else 0.0, stats.get("diff_max", 0.0)
+            check_mismatch(run, stats, difference)
+            whole.enter_context(checkpoint.uninterrupted())  # half an update, or half of a step's updates, could not be saved
+            run.torn = updates > 1
+        with timer("train"):
+            for grad in run.optimizer.grads() if world() > 1 else ():
+                dist.all_reduce(grad)
+            norms.append(float(run.optimizer.step(lr, max_norm=cfg.max_grad_norm)))
+            run.optimizer.zero_grad()
+        total = losses.add_stats(total, {k: torch.tensor(v, dtype=torch.float64) for k, v in stats.items()})
+    run.step, run.torn = run.step + 1, False
+    run.sync_reference()
+    stats = {k: float(v) for k, v in total.items()}
+    if stats:  # a mean over updates; and sampler against trainer only where both had the same weights
+        stats |= dict(loss=stats["loss"] / updates, policy_loss=stats["policy_loss"] / updates, diff_max=worst)
+    return dict(learning_rate=lr, grad_norm=sum(norms) / updates) | loss_metrics(stats, difference), entropies
 
-    metrics = dict(step=run.step, num_tokens=run.num_tokens, epoch=run.task.epoch(run.step, cfg.prompts_per_step), learning_rate=lr, grad_norm=grad_norm)
-    metrics |= reward_metrics(run, everyone, rewards) | length_metrics(all_lengths, [s for _, _, _, stops in everyone for s in stops])
-    metrics |= loss_metrics(stats, difference) | timer.metrics(sum(all_lengths))
+
+@torch.no_grad()
+def trainer_scores(run, batch, chosen, needed, timer) -> dict:
+    """The trainer's log-probabilities by row, as lists, before an update."""
+    cfg, found = run.cfg, {}
+    for numbers, scored in micro_batches(run, batch, chosen, needed):
+        with timer("reference"):
+            run.model.eval()
+            logp, _, _ = run.model.completion_logprobs(*scored, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p)
+        found |= zip(numbers, (row.tolist() for row in logp.split([len(batch.out.ids[n]) for n in numbers])))
+    return found
+
+
+def train_step(run, whole) -> dict:
+    """One step. Returns the row for metrics.jsonl; writes the step's rollouts when they are due. whole: see `learn`."""
+    cfg, timer, G = run.cfg, Timer(), run.cfg.group_size
+    torch.manual_seed(hash((cfg.seed, run.step, rank())))  # LoRA dropout, the only torch randomness there is
+    rows = run.task.batch(run.step, cfg.prompts_per_step, cfg.seed)[rank() :: world()]
+    batch = sample_and_score(run, rows, list(range(rank(), cfg.prompts_per_step, world())), timer)
+    # of all ranks, since a mean is a ratio of two sums over the whole step; and as drawn, before groups are replaced, so that curves compare
+    drawn = gather((batch.parts.copy(), batch.reward.copy(), [len(ids) for ids in batch.out.ids], list(batch.out.stopped)))
+    rewards = torch.from_numpy(np.concatenate([r.reshape(-1, G) for _, r, _, _ in drawn]))  # (B, G), rank by rank
+    if run.step == 0 and not cfg.force:
+        evaluation.refuse_hopeless(rewards, [s for _, _, _, stopped in drawn for s in stopped], cfg.max_new_tokens)
+    tokens, read, resampled = batch.out.stats["tokens"], G * sum(map(len, batch.prompts)), 0
+    if cfg.resample_zero_groups:
+        resampled, more, more_read = resample(run, batch, timer)
+        tokens, read = tokens + more, read + more_read
+    tokens, read, resampled = (sum(x) for x in zip(*gather((tokens, read, resampled))))
+    all_adv = step_advantages(run, gather((batch.parts, batch.reward)))
+    adv = all_adv.chunk(world())[rank()].reshape(-1)
+    metrics, entropies = learn(run, batch, adv.float(), timer, whole)
+    run.num_tokens += tokens + read
+
+    lengths, stopped = ([x for of in drawn for x in of[i]] for i in (2, 3))
+    metrics |= dict(step=run.step, num_tokens=run.num_tokens, epoch=run.task.epoch(run.step, cfg.prompts_per_step), resampled_prompts=resampled)
+    metrics |= reward_metrics(run, drawn, rewards) | length_metrics(lengths, stopped) | timer.metrics(tokens)
+    useful = gather((sum(len(ids) for ids, a in zip(batch.out.ids, adv.tolist()) if a), sum(map(len, batch.out.ids))))
+    metrics["frac_tokens_with_advantage"] = sum(u for u, _ in useful) / sum(n for _, n in useful)
     metrics["memory/peak_gb"] = peak_gb(run.device)
     if cfg.rollouts_every and run.step % cfg.rollouts_every == 0:
-        write_rollouts(run, rows, out, texts, parts, reward, adv, entropies)
+        write_rollouts(run, batch, adv, entropies)
     if cfg.show_every and run.step % cfg.show_every == 0:
-        show_sample(rows[rank()], texts[0], reward[0])
+        show_sample(batch.rows[0], batch.texts[0], batch.reward[0])
     return metrics
 
 
@@ -278,10 +429,11 @@ def main(cfg):
         say(f"before: {evaluation.summary(before[0])}" if before[0] else "")
         log.write(dict(step=run.step) | before[0])
     say(line(run))
-    started, first = time.perf_counter(), run.step
+    started, first, metrics = time.perf_counter(), run.step, None
     try:
         while run.step < cfg.steps:
-            metrics = train_step(run)
+            with contextlib.ExitStack() as whole:
+                metrics = train_step(run, whole)
             left = (time.perf_counter() - started) / (run.step - first) * (cfg.steps - run.step)
             say(line(run, metrics, left))
             if cfg.eval_every and (run.step % cfg.eval_every == 0 or run.step == cfg.steps):
@@ -289,11 +441,16 @@ def main(cfg):
                 metrics |= after[0]
                 say(f"      = {evaluation.summary(after[0])}" if after[0] else "")
             log.write(metrics)
+            metrics = None
             if rank() == 0 and (cfg.save_every and run.step % cfg.save_every == 0 or run.step == cfg.steps):
                 run.save()
     except (KeyboardInterrupt, Stop, rewarding.RewardError, FloatingPointError, ValueError) as e:
         if isinstance(e, ValueError) and run.step == first:
             raise  # a config that cannot run at all: there is nothing to save
+        if run.torn:
+            raise  # between the updates of a step: what is in memory is no step's state, the last checkpoint is
+        if metrics:  # interrupted after the step, before its row was written
+            log.write(metrics)
         # weights and optimiser change only inside `uninterrupted`, so what stands here is a whole step: nothing is lost
         path = run.save() if rank() == 0 else ""
         say(f"\n{'interrupted' if isinstance(e, KeyboardInterrupt) else e}\nsaved {path}; go on with: python train.py {' '.join(a for a in sys.argv[1:] if 'resume' not in a)} --resume=True")

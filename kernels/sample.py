@@ -113,6 +113,12 @@ def greedy(logits):
     return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
 
 
+def entropy(logits):
+    """Entropy (n,) in nats of the distributions with these logits (n, V), -inf for words that may not come."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp.clamp(min=-1e30)).sum(-1)  # 0 * -inf would be NaN
+
+
 # ------------------------------------------------------------------------------------------------------------ on a GPU
 def on_triton(x) -> bool:
     return (MODE == "triton" or MODE == "auto" and x.is_cuda) and x.dtype == torch.float32

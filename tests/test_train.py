@@ -1,4 +1,5 @@
 """The run as a whole, on a tiny model of random weights: what it writes, what it refuses, and that it ends with the same bits however it is cut."""
+import contextlib
 import json
 import os
 import signal
@@ -152,30 +153,41 @@ def test_two_processes_give_the_run_of_one(tmp_path):
     assert a[0]["completions/mean_length"] == b[0]["completions/mean_length"] and a[0]["num_tokens"] == b[0]["num_tokens"]
 
 
+def one_step(run):
+    """A step of a run, as main does it."""
+    with contextlib.ExitStack() as whole:
+        return train.train_step(run, whole)
+
+
 def one_step_gradients(tmp_path, **keys):
-    """Gradients of the first step of a run, by name."""
+    """Gradients of the first update of a run, by name."""
     run = train.Run(settings(tmp_path, **keys))
-    cfg = run.cfg
-    prompts, out, _, _, reward = train.sample_and_score(run, run.task.batch(0, cfg.prompts_per_step, cfg.seed), train.Timer())
-    adv = losses.advantages(torch.from_numpy(reward).view(-1, cfg.group_size), scale=cfg.advantage).reshape(-1).float()
-    norm = losses.normaliser([len(i) for i in out.ids], aggregate=cfg.aggregate, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens)
-    train.gradients(run, prompts, out, adv, norm, train.Timer())
-    return [g.clone() for g in run.optimizer.grads()]
+    seen = []
+    step = run.optimizer.step
+    run.optimizer.step = lambda lr, max_norm: (seen.extend([g.clone() for g in run.optimizer.grads()] if not seen else []), step(lr, max_norm=max_norm))[1]
+    one_step(run)
+    return seen
 
 
-@pytest.mark.parametrize("keys", [dict(), dict(beta=0.2, aggregate="sequence", entropy_coef=0.01), dict(objective="gspo", aggregate="group"), dict(lora_rank=4, beta=0.1, aggregate="constant")])
+EVERYTHING = [
+    dict(), dict(beta=0.2, aggregate="sequence", entropy_coef=0.01), dict(objective="gspo", aggregate="group"), dict(lora_rank=4, beta=0.1, aggregate="constant"),
+    dict(beta=0.2, kl="full", top_p=0.9), dict(lora_rank=4, beta=0.2, kl="full", kl_times_ratio=True), dict(mask_truncated=True, aggregate="constant", beta=0.1),
+    dict(top_entropy=0.3), dict(mismatch_clip=2.0), dict(epochs=2, minibatches=2, mismatch_clip=2.0), dict(combine="normalize_then_sum"), dict(preset="dapo", **configs.PRESETS["dapo"])]
+
+
+@pytest.mark.parametrize("keys", EVERYTHING, ids=str)
 def test_gradient_does_not_depend_on_micro_batches(tmp_path, keys):
     whole = one_step_gradients(tmp_path, micro_tokens=100000, **keys)
     for micro_tokens in (30, 77, 200):
-        for a, b in zip(whole, one_step_gradients(tmp_path, micro_tokens=micro_tokens, **keys)):
+        for a, b in zip(whole, one_step_gradients(tmp_path, micro_tokens=micro_tokens, **keys), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max() + 1e-9))
 
 
 def test_a_step_whose_groups_are_all_equal_leaves_every_weight_as_it_was(tmp_path):
-    cfg = settings(tmp_path, rewards=[(lambda completions, **_: [0.1] * len(completions), 1.0)], steps=2)
+    cfg = settings(tmp_path, rewards=[(lambda completions, **_: [0.1] * len(completions), 1.0)], steps=2, force=True)
     run = train.Run(cfg)
     before = [p.detach().clone() for p in run.model.parameters()]
-    metrics = train.train_step(run)
+    metrics = one_step(run)
     assert metrics["grad_norm"] == 0.0 and metrics["frac_reward_zero_std"] == 1.0
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
 
