@@ -3,6 +3,8 @@
     python eval.py configs/gsm8k.py --model=Qwen/Qwen2.5-0.5B-Instruct --eval_problems=1319
     python eval.py configs/gsm8k.py --model=out/gsm8k/ckpt/step_000500 --eval_samples=8
 
+It is also the check before a run: it samples one step's batch of training prompts and shows what GRPO would learn from, and what it would trip over.
+
 A completion is right when the config's first reward gives it 1 or more; leniently right, when that reward's lenient twin does
 (rewards.LENIENT), so the two differ by those who know the answer and not the form. train.py calls `evaluate` before, during and after.
 
@@ -10,6 +12,8 @@ Dims: N problems, k samples of each.
 """
 import math
 import sys
+
+import torch
 
 import config as configs
 import data
@@ -71,6 +75,32 @@ def summary(metrics: dict) -> str:
     return line + f", {m['mean_length']:.0f} tokens, {m['clipped_ratio']:.1%} cut, {m['problems']:.0f} problems"
 
 
+def first_batch(model, tokenizer, task, functions, cfg, stop_ids) -> str:
+    """What training would meet in its first batch: truncation, answers that can't be found, spread of rewards, groups with signal, three rollouts."""
+    B, G, rows = cfg.prompts_per_step, cfg.group_size, task.batch(0, cfg.prompts_per_step, cfg.seed)
+    prompts = [data.prompt_ids(tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill) for row in rows]
+    out = rollout.generate(model, prompts, group_size=G, max_new_tokens=cfg.max_new_tokens, stop_ids=stop_ids, temperature=cfg.temperature, top_k=cfg.top_k,
+                           top_p=cfg.top_p, min_p=cfg.min_p, slots=cfg.slots, seed=cfg.seed, step=1)
+    texts = [cfg.prefill + text for text in tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
+    _, reward = rewarding.score(functions, texts, [row["prompt"] for row in rows for _ in range(G)], data.columns(rows, G), group_size=G, completion_ids=out.ids,
+                                max_new_tokens=cfg.max_new_tokens, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
+    reward, finds = torch.from_numpy(reward).view(B, G), rewarding.FINDS.get(functions[0][0])
+    spread = [float(row[~row.isnan()].std(correction=0)) if (~row.isnan()).any() else 0.0 for row in reward]
+    lines = [f"a first training batch, {B} prompts x {G} at temperature {cfg.temperature:g}: mean reward {reward.nanmean():.3f}, spread within groups {sum(spread) / B:.3f}, "
+             f"{sum(s > 0 for s in spread) / B:.0%} of the groups with any signal, {1 - sum(out.stopped) / (B * G):.0%} cut at {cfg.max_new_tokens} tokens"]
+    if finds:
+        lines[0] += f", no answer found in {sum(finds(text) in (None, '') for text in texts) / (B * G):.0%}"
+    if unscored := int(reward.isnan().sum()):
+        lines[0] += f", {unscored} not scored"
+    for n in dict.fromkeys((0, B * G // 2, B * G - 1)):
+        lines.append(f"--- {rows[n // G]['prompt']}\n{texts[n]}\n(reward {reward.view(-1)[n]:g}, {len(out.ids[n])} tokens{'' if out.stopped[n] else ', cut'})")
+    try:
+        refuse_hopeless(reward, out.stopped, cfg.max_new_tokens)
+    except ValueError as e:
+        lines.append(f"train.py would not start: {e}")
+    return "\n".join(lines)
+
+
 def refuse_hopeless(rewards, stopped, max_new_tokens: int):
     """ValueError, with the knob to turn, where nothing can be learnt from a batch: rewards (B, G), NaN for None; stopped, N bools."""
     groups = [[r for r in group if r == r] for group in rewards.tolist()]
@@ -82,7 +112,7 @@ def refuse_hopeless(rewards, stopped, max_new_tokens: int):
         raise ValueError(f"the rewards could not score one completion of the first batch (all None): look at the rows' columns with python eval.py, {go_on}")
     if all(not group or max(group) == min(group) for group in groups):
         cut = 1 - sum(stopped) / len(stopped)
-        knob = ("raise max_new_tokens" if cut > 0.5 else "take harder problems" if max(known) == min(known) > 0 else
+        knob = ("take harder problems" if max(known) == min(known) > 0 else "raise max_new_tokens" if cut > 0.5 else
                 "take easier problems or a larger group_size, say in system_prompt what the reward wants, add a reward for part of the way, or warm up with sft_steps")
         raise ValueError(f"in the first batch all {len(groups[0])} rewards of each of {len(groups)} groups are equal (from {min(known):g} to {max(known):g}; {cut:.0%} of the "
                          f"completions cut), so every advantage is 0: {knob}, {go_on}")
@@ -111,10 +141,9 @@ def main(cfg):
     device, dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
     task, functions = load_task(cfg), rewarding.resolve(cfg.rewards)
     model, tokenizer, stop_ids, _ = load_policy(cfg.model, adapter=cfg.adapter, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed, dtype=dtype, device=device)
+    print(first_batch(model, tokenizer, task, functions, cfg, stop_ids))
     rows = task.eval[: cfg.eval_problems]
-    metrics, texts = evaluate(model, tokenizer, rows, functions, stop_ids=stop_ids, **options(cfg))
-    for row, text in list(zip(rows, texts))[:3]:
-        print(f"--- {row['prompt']}\n{text}\n")
+    metrics, _ = evaluate(model, tokenizer, rows, functions, stop_ids=stop_ids, **options(cfg))
     print(f"{cfg.model} on {cfg.task}: {summary(metrics)}")
 
 

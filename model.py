@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 from kernels import flash_attention as flash
 from kernels.attention import Buckets, attention
@@ -213,6 +214,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    # training keeps the input of each layer alone and makes the rest again in the backward: a forward more of time for 1/L of the memory
+    checkpointing = False
+
     def __init__(self, config: dict):
         """config: the dict of a Hugging Face config.json (kept, and written back by `save`). Weights are left unset."""
         super().__init__()
@@ -248,9 +252,10 @@ class Transformer(nn.Module):
         angles = positions[:, None, None].float() * self.inv_freq  # (T, 1, E/2)
         # the same for every layer, so made once; a rotated pair depends on its position only, never on its place in the stream
         cos, sin = ((f(angles) * self.rope_scale).to(self.dtype) for f in (torch.cos, torch.sin))
-        x = F.embedding(ids, self.embed)
+        x, again = F.embedding(ids, self.embed), self.checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, cos, sin, plan)
+            # the random state is put back before a layer runs again: LoRA's dropout drops the same numbers, gradients are the same bits
+            x = checkpoint(block, x, cos, sin, plan, use_reentrant=False) if again else block(x, cos, sin, plan)
         return self.norm(x)
 
     def logits(self, ids):

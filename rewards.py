@@ -449,6 +449,9 @@ REWARDS = {f.__name__: f for f in (gsm8k, gsm8k_lenient, arithmetic, format, tag
 REWARDS |= {"arithmetic_lenient": gsm8k_lenient, "last_number": gsm8k_lenient, "math": mathematics}
 LENIENT = {"gsm8k": gsm8k_lenient, "arithmetic": gsm8k_lenient}  # who is right in substance: reported beside the strict reward
 
+# Where a grader finds nothing to grade, another trouble than a wrong answer: told apart by eval.py. The others grade any text.
+FINDS = {"gsm8k": marked_number, "gsm8k_lenient": any_number, "arithmetic_lenient": any_number, "last_number": any_number, "math": final_answer, "code": python_block}
+
 
 # --------------------------------------------------------------------------------------------------------------- the runner
 def resolve(rewards) -> list[tuple]:

@@ -27,9 +27,7 @@ import torch
 
 from kernels.logprob import logits_fp32, truncate_
 from kernels.packed_linear import packed
-from kernels import flash_attention as flash
-from kernels import sample as sampling
-from kernels.rope import store_keys
+from kernels import flash_attention as flash, rope, sample as sampling
 from kernels.sample import draw, entropy, greedy, token_keys
 from model import Packed
 
@@ -202,11 +200,10 @@ class FlashDecode(Decode):
     """The same plan for a GPU: a row of a table says where a slot's prompt and own keys lie and how many they are; one kernel reads the cache as it is."""
 
     def __init__(self, cache: Cache, slots: int, device, dtype):
-        self.cache, K = cache, cache.own_k.shape[2]
+        self.cache, self.K, slot = cache, cache.own_k.shape[2], torch.arange(slots, device=device)
         # (slots, 6) as flash.Tiles.queries; where a prompt lies follows its group, how long it is (`mask`, for moves) follows the slot
         self.table, self.mask = (torch.zeros(*shape, dtype=torch.long, device=device) for shape in ((slots, 6), (slots,)))
-        self.K, slot = K, torch.arange(slots, device=device)
-        self.table[:, 0], self.table[:, 1], self.table[:, 5] = slot, 1, slot * K * cache.C
+        self.table[:, 0], self.table[:, 1], self.table[:, 5] = slot, 1, slot * self.K * cache.C
 
     def compose(self, groups: list[int]):
         self.table[: len(groups), 3] = torch.tensor(groups, device=self.mask.device) * self.K * self.cache.P
@@ -215,14 +212,13 @@ class FlashDecode(Decode):
         self.mask[slots] = prompt_lengths
 
     def advance(self, own, longest: int):
-        n = len(own)
-        self.c, self.own = longest + 1, own
-        self.table[:n, 2], self.table[:n, 4] = own, self.mask[:n]
+        self.c, self.own, live = longest + 1, own, self.table[: len(own)]
+        live[:, 2], live[:, 4] = own, self.mask[: len(own)]
 
     def attend(self, layer, q, k, v):
-        n, c = len(q), self.cache
-        store_keys(k, v, c.own_k[layer], c.own_v[layer], self.own)
-        return flash.flash_decode(q, c.prompt_k[layer], c.prompt_v[layer], c.own_k[layer], c.own_v[layer], self.table[:n])
+        prompt_k, prompt_v, own_k, own_v = (t[layer] for t in (self.cache.prompt_k, self.cache.prompt_v, self.cache.own_k, self.cache.own_v))
+        rope.store_keys(k, v, own_k, own_v, self.own)
+        return flash.flash_decode(q, prompt_k, prompt_v, own_k, own_v, self.table[: len(q)])
 
 
 class Progress:
@@ -328,8 +324,7 @@ class Sampler:
         logits = self.head(hidden)
         if sampling.on_triton(logits):  # all that follows in one launch
             keys = self.keys[rows, t] if self.temperature else None
-            return sampling.sample(logits, keys, temperature=self.temperature or 1.0, times=times,
-                                   **dict(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p) if self.temperature else {})
+            return sampling.sample(logits, keys, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, times=times)
         if self.temperature not in (0, 1):
             logits.div_(self.temperature)
         if self.temperature and (self.top_k or self.top_p < 1 or self.min_p):

@@ -21,5 +21,5 @@ sft_steps, sft_batch, sft_lr = 280, 64, 2e-3
 lora_rank = 0
 prompts_per_step, group_size, micro_tokens = 16, 8, 16384
 max_new_tokens, temperature = 30, 0.7
-steps, lr, warmup_steps = 80, 5e-5, 5
-eval_every, eval_problems, save_every, show_every = 20, 500, 40, 20
+steps, lr, warmup_steps = 100, 5e-5, 5
+eval_every, eval_problems, save_every, show_every = 25, 500, 50, 25

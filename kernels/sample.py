@@ -142,11 +142,14 @@ def sample_ref(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 def sample(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, times=1):
     """Tempers, truncates, draws and scores in one launch, for tensors that `on_triton` accepts.
 
-    logits (n, V) fp32, not changed; key (n * times,) int64, row i draws from logits i // times; key None: the most likely word.
+    logits (n, V) fp32, not changed; key (n * times,) int64, row i draws from logits i // times; key None: the most likely
+    word, whose distribution is then neither tempered nor truncated.
     Returns token (n * times,) int64, logp and entropy (n * times,) fp32 in nats, both of the tempered and truncated distribution.
     """
     n, V = logits.shape
     assert key is None or key.shape == (n * times,), f"logits {tuple(logits.shape)}, key {tuple(key.shape)}, times {times}"
+    if key is None:
+        temperature, top_k, top_p, min_p = 1.0, 0, 1.0, 0.0
     token = torch.empty(n * times, dtype=torch.int64, device=logits.device)
     logp, entropy = (torch.empty(n * times, device=logits.device) for _ in range(2))
     if n:

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import config as configs
 import data
 import eval as evaluation
 import lora
@@ -100,3 +101,23 @@ def test_eval_and_sample_run_as_commands_on_a_saved_checkpoint(policy, tmp_path)
     assert out.returncode == 0 and "tokens" in out.stdout, out.stderr
     out = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(ROOT / "configs/arithmetic.py"), "--eval_problms=7"], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 1 and out.stderr.strip().splitlines()[-1].startswith("eval.py:") and "eval_problems" in out.stderr
+
+
+def test_a_batch_of_which_every_completion_was_cut_is_refused():
+    with pytest.raises(ValueError, match="cut at 7 tokens: raise max_new_tokens"):
+        evaluation.refuse_hopeless(torch.rand(4, 4), [False] * 16, 7)
+    evaluation.refuse_hopeless(torch.rand(4, 4), [False] * 15 + [True], 7)
+    evaluation.refuse_hopeless(torch.tensor([[1.0, 1.0], [1.0, float("nan")], [0.0, 1.0]]), [True] * 6, 7)  # one group with signal is enough
+
+
+def test_evaluation_shows_what_training_would_meet_in_its_first_batch(tmp_path):
+    cfg = configs.Config(scratch=SHAPE, alphabet=ALPHABET, task="arithmetic", task_options=dict(digits=1), rewards=[("arithmetic", 1.0), ("last_number", 0.0)], prompts_per_step=3,
+                         group_size=4, max_new_tokens=6, device="cpu")
+    model, tokenizer, stops, _ = sample.load_policy("", scratch=SHAPE, alphabet=ALPHABET, seed=0)
+    task = evaluation.load_task(cfg)
+    for name, share in (("last_number", "no answer found in"), ("arithmetic", None)):
+        text = evaluation.first_batch(model, tokenizer, task, rewarding.resolve([(name, 1.0)]), cfg, stops)
+        for words in ("3 prompts x 4", "mean reward", "spread within groups", "groups with any signal", "cut at 6 tokens", "--- ", share):
+            assert words is None or words in text, words
+    zero = evaluation.first_batch(model, tokenizer, task, rewarding.resolve([(lambda completions, **_: [0.0] * len(completions), 1.0)]), cfg, stops)
+    assert "0% of the groups with any signal" in zero and "train.py would not start" in zero and text.count("(reward ") == 3

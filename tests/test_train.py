@@ -21,6 +21,7 @@ import model as models
 import rewards as rewarding
 import train
 from conftest import ROOT, TINY
+from sample import save_policy
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
              tie_word_embeddings=True, initializer_range=0.2)
@@ -196,12 +197,12 @@ def test_reference_is_the_start_also_where_training_starts_from_an_adapter(tmp_p
     folder, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     run = train.Run(settings(tmp_path))  # only to borrow its tokenizer
     m = models.create({**run.model.config}, seed=3)
-    train.save_policy(m, run.tokenizer, run.stop_ids, folder, base="")
+    save_policy(m, run.tokenizer, run.stop_ids, folder, base="")
     lora.apply(m, rank=4, alpha=8, targets=("q_proj", "down_proj"))
     for p in m.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
-    train.save_policy(m, run.tokenizer, run.stop_ids, adapter, base=folder)
+    save_policy(m, run.tokenizer, run.stop_ids, adapter, base=folder)
     cfg = settings(tmp_path, scratch=None, model=folder, adapter=adapter, lora_rank=4, lora_alpha=8.0, beta=0.1, steps=2, save_every=1)
     train.main(cfg)
     assert rows(Path(cfg.out_dir) / "metrics.jsonl")[0]["kl"] == pytest.approx(0.0, abs=1e-7)
@@ -273,3 +274,112 @@ def test_out_dir_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
         train.main(settings(tmp_path, out_dir=str(tmp_path / "file" / "run")))
+
+
+# ---------------------------------------------------------------------------------------- what FORMULAS adds to the loop
+def by_prompt(completions, prompts, **_):
+    """Signal in some groups only: prompts whose first number is odd score the share of even digits, the others 1."""
+    return [sum(c in "02468" for c in text) / max(1, len(text)) if int(p.partition("+")[0]) % 2 else 1.0 for text, p in zip(completions, prompts)]
+
+
+def test_groups_without_signal_are_replaced_by_new_prompts_and_the_rest_stay(tmp_path):
+    plain, dynamic = (train.Run(settings(tmp_path, rewards=[(by_prompt, 1.0)], prompts_per_step=6, resample_zero_groups=on, resample_budget=12)) for on in (False, True))
+    seen = []
+    for run in (plain, dynamic):
+        written = {}
+        write = train.learn
+        def keep(run, batch, adv, timer, whole, written=written):
+            written |= dict(prompts=[row["prompt"] for row in batch.rows], ids=list(batch.out.ids), adv=adv)
+            return write(run, batch, adv, timer, whole)
+        train.learn, restored = keep, train.learn
+        try:
+            seen.append((one_step(run), written))
+        finally:
+            train.learn = restored
+    (a, first), (b, second) = seen
+    live = (first["adv"].view(6, 4) != 0).any(1).tolist()
+    assert 0 < sum(live) < 6 and (second["adv"].view(6, 4) != 0).any(1).sum() > sum(live)
+    assert a["resampled_prompts"] == 0 < b["resampled_prompts"] <= 12
+    for i, alive in enumerate(live):
+        assert (first["prompts"][i] == second["prompts"][i]) == alive or not alive
+        if alive:
+            assert first["ids"][4 * i : 4 * i + 4] == second["ids"][4 * i : 4 * i + 4]
+    assert b["frac_tokens_with_advantage"] > a["frac_tokens_with_advantage"]
+    # what is logged is of the prompts as drawn, so that the curve is that of the task and not of the filter
+    assert a["reward"] == b["reward"] and a["frac_reward_zero_std"] == b["frac_reward_zero_std"] and b["num_tokens"] > a["num_tokens"]
+
+
+def test_the_filter_looks_at_the_spread_and_not_at_the_mean():
+    """A defect of others: groups whose mean is 0 or 1 were dropped, which with rewards of -1 and 1 drops those with the most signal."""
+    reward = np.array([-1.0, 1.0, 0.5, 0.5, 0.0, 1.0, np.nan, np.nan, 2.0, np.nan])
+    assert train.flat_groups(reward, 2) == [1, 3, 4]
+
+
+def test_truncated_completions_leave_loss_and_divisor_when_they_are_masked(tmp_path):
+    """Their tokens are not computed, and the others weigh what they would in a batch without them."""
+    run = train.Run(settings(tmp_path, mask_truncated=True, aggregate="constant"))
+    norms, scored = [], []
+    normaliser, policy_loss = losses.normaliser, losses.policy_loss
+    losses.normaliser = lambda lengths, **k: norms.append((list(lengths), normaliser(lengths, **k))) or norms[-1][1]
+    losses.policy_loss = lambda logp, *a, **k: scored.append(len(logp)) or policy_loss(logp, *a, **k)
+    try:
+        m = one_step(run)
+    finally:
+        losses.normaliser, losses.policy_loss = normaliser, policy_loss
+    assert 0 < m["completions/clipped_ratio"] < 1
+    stopped = round((1 - m["completions/clipped_ratio"]) * 16)
+    assert len(norms[0][0]) == stopped and norms[0][1] == stopped * 12 and sum(scored) <= sum(norms[0][0])
+
+
+@pytest.mark.parametrize("keys", [dict(epochs=2, minibatches=2, mismatch_clip=2.0), dict(beta=0.2, ref_sync_every=1, ref_mix=0.5), dict(resample_zero_groups=True, rewards=[(by_prompt, 1.0)]),
+                                  dict(top_entropy=0.3, beta=0.1, kl="full")], ids=["several updates", "moving reference", "dynamic sampling", "entropy mask, exact KL"])
+def test_a_resumed_run_ends_with_the_same_bits_whatever_the_options(tmp_path, keys):
+    test_a_resumed_run_ends_with_the_same_bits(tmp_path, keys)
+
+
+def test_several_updates_clip_and_move_further_than_one(tmp_path):
+    one, many = (train.Run(settings(tmp_path, epochs=epochs, minibatches=2)) for epochs in (1, 4))
+    start = [p.detach().clone() for p in one.model.parameters()]
+    a, b = one_step(one), one_step(many)
+    moved = lambda run: sum(float((p.detach() - s).norm() ** 2) for p, s in zip(run.model.parameters(), start)) ** 0.5
+    assert moved(many) > 1.5 * moved(one)
+    assert b["clip_ratio/region_mean"] > 0 and one.step == many.step == 1
+    assert b["sampling/sampling_logp_difference/max"] == a["sampling/sampling_logp_difference/max"] < 2e-5  # of the first update, where both have one set of weights
+
+
+def test_weights_of_rewards_change_over_time_by_a_function_of_the_config(tmp_path):
+    def later(step):
+        return [1.0, 0.0] if step < 2 else [0.0, 1.0]
+    run = train.Run(settings(tmp_path, rewards=[(even, 1.0), ("repetition", 1.0)], reward_weights=later))
+    a, b = one_step(run), one_step(run)
+    assert a["reward"] == pytest.approx(a["rewards/even/mean"]) and b["reward"] == pytest.approx(b["rewards/repetition/mean"])
+    run.step, run.cfg = 5, configs.Config(**{**vars(run.cfg), "reward_weights": lambda step: [1.0]})
+    with pytest.raises(ValueError, match="1 weights at step 6 for 2 rewards"):
+        one_step(run)
+
+
+@pytest.mark.parametrize("reward, keys, words", [
+    (lambda completions, **_: [0.0] * len(completions), dict(max_new_tokens=50), "take easier problems"), (lambda completions, **_: [0.0] * len(completions), dict(max_new_tokens=3), "raise max_new_tokens"), (lambda completions, **_: [1.0] * len(completions), {}, "take harder problems"),
+    (lambda completions, **_: [None] * len(completions), {}, "could not score one")])
+def test_a_first_batch_without_signal_stops_the_run_with_the_knob_to_turn(tmp_path, reward, keys, words):
+    with pytest.raises(ValueError, match=words):
+        train.main(settings(tmp_path, rewards=[(reward, 1.0)], **keys))
+    assert train.main(settings(tmp_path, rewards=[(reward, 1.0)], steps=1, force=True, **keys)) == 0
+
+
+def test_a_step_torn_between_its_updates_is_not_saved(tmp_path):
+    """With several updates a step, the weights of a failure between them are no step's: the last checkpoint stands."""
+    cfg = settings(tmp_path, epochs=3, steps=4, save_every=1)
+    gradients, calls = train.gradients, []
+    def fail(*a, **k):
+        calls.append(1)
+        if len(calls) == 8:
+            raise train.Stop("as if the loss were infinite")
+        return gradients(*a, **k)
+    train.gradients = fail
+    try:
+        with pytest.raises(train.Stop):
+            train.main(cfg)
+    finally:
+        train.gradients = gradients
+    assert checkpoint.load_state(checkpoint.newest(cfg.out_dir))[1]["step"] == 2
