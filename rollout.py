@@ -241,20 +241,20 @@ class Progress:
 
 
 def generate(model, prompts, *, group_size, max_new_tokens, stop_ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, slots=None,
-             seed=0, step=0, prompt_numbers=None, entropy=False, label="sampling") -> Rollout:
+             seed=0, step=0, prompt_numbers=None, entropy=False, on_group=None, label="sampling") -> Rollout:
     """Draws group_size completions of each prompt.
 
     prompts: B non-empty lists of ids. max_new_tokens: the longest completion, tokens; a prompt near the end of the model's context gets
     what is left. stop_ids: any of them ends a row and stays in it. temperature 0 is greedy. slots: rows decoded at once
     (default: all, at most 256). seed, step, prompt_numbers (default 0..B-1): the keys of the draws. entropy: note that of every
-    distribution drawn from, too. label: of the progress bar.
+    distribution drawn from, too. on_group(b, ids): called when the last row of prompt b is finished. label: of the progress bar.
 
     Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
     """
     numbers = list(range(len(prompts)) if prompt_numbers is None else prompt_numbers)
     check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers)
     limits = [min(max_new_tokens, model.shape.context - len(p)) for p in prompts for _ in range(group_size)]
-    sampler = Sampler(model, prompts, group_size, limits, stop_ids, (temperature, top_k, top_p, min_p), slots, (seed, step, numbers), label, entropy)
+    sampler = Sampler(model, prompts, group_size, limits, stop_ids, (temperature, top_k, top_p, min_p), slots, (seed, step, numbers), label, entropy, on_group)
     return sampler.run()
 
 
@@ -264,7 +264,7 @@ class Sampler:
     limits: N, the longest completion of each row; policy: temperature, top_k, top_p, min_p; key: seed, step and the prompts' numbers.
     """
 
-    def __init__(self, model, prompts, group_size, limits, stop_ids, policy, slots, key, label, entropy=False):
+    def __init__(self, model, prompts, group_size, limits, stop_ids, policy, slots, key, label, entropy=False, on_group=None):
         B, G, dev = len(prompts), group_size, model.device
         self.model, self.prompts, self.G, self.limits, self.stop_ids = model, prompts, G, limits, set(stop_ids)
         self.temperature, self.top_k, self.top_p, self.min_p = policy
@@ -280,7 +280,7 @@ class Sampler:
         self.keys = token_keys(seed, step, torch.tensor(numbers)[:, None, None], torch.arange(G)[None, :, None],
                                torch.arange(max(limits) if self.temperature else 0)).view(B * G, -1).to(dev)
         self.ids, self.logprobs, self.entropies, self.stopped = *([[] for _ in range(B * G)] for _ in range(3)), [False] * (B * G)
-        self.wants_entropy = entropy
+        self.wants_entropy, self.on_group = entropy, on_group
         self.queue = deque(range(B))  # prompts not prefilled yet
         self.waiting = deque()  # rows that have their first token and no slot
         self.live: list[int] = []  # the row in slot 0, 1, ..
@@ -361,6 +361,8 @@ class Sampler:
         """A row of prompt b is finished. When it was the last, nobody reads the prompt any more: the last one placed takes its place."""
         self.left[b] -= 1
         if not self.left[b]:
+            if self.on_group:
+                self.on_group(b, self.ids[b * self.G : (b + 1) * self.G])
             place, last = self.placed.index(b), self.placed.pop()
             if last != b:
                 self.cache.move_group(len(self.placed), place)

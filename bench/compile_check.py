@@ -56,6 +56,12 @@ def cases():
     yield "logprob head frozen", partial(train, logprob.logprob, h, w, y)
     yield "logprob head trained, entropy", partial(train, logprob.logprob, h, w.detach().requires_grad_(), y)
     yield "linear_logprob fp32", partial(linear_logprob.linear_logprob, meta(64, 576, dtype=FP32), meta(49_152, 576, dtype=FP32), meta(64, dtype=LONG))
+    # Triton makes a constant of every integer that is 1: such a kernel is another one
+    yield "one row: linear_logprob", partial(linear_logprob.linear_logprob, meta(1, 64), meta(100, 64), meta(1, dtype=LONG))
+    yield "one row: sample", partial(sample.sample, meta(1, 100, dtype=FP32), meta(1, dtype=LONG), min_p=0.1)
+    yield "one row: norm", partial(train, rms_norm.rms_norm, meta(1, 64, grad=True), meta(64, grad=True), 1e-6)
+    yield "one row: store keys", partial(rope.store_keys, *(meta(1, 1, 64) for _ in range(2)), *(meta(1, 1, 1, 64) for _ in range(2)), meta(1, dtype=LONG))
+    yield "one row: LoRA", partial(lora_linear.expand_, meta(1, 64), meta(1, 1, dtype=FP32), meta(1, 64, dtype=FP32))
     for D in (896, 3584):
         yield f"norm D {D}", partial(train, rms_norm.rms_norm, meta(4096, D, grad=True), meta(D, grad=True), 1e-6)
         yield f"add and norm D {D}", partial(train, rms_norm.add_rms_norm, *(meta(4096, D, grad=True) for _ in range(2)), meta(D, grad=True), 1e-6)

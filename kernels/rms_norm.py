@@ -82,12 +82,14 @@ class _AddNorm(torch.autograd.Function):
             _norm_kernel[(x.numel() // D,)](x, None if delta is None else delta.contiguous(), weight, total, y, D, eps, BLOCK=triton.next_power_of_2(D), num_warps=4 if D <= 2048 else 8)
         ctx.save_for_backward(x if delta is None else total, weight)
         ctx.eps, ctx.added = eps, delta is not None
+        ctx.set_materialize_grads(False)  # no zeros to read where the sum or the norm is not used
         return y, total
 
     @staticmethod
     def backward(ctx, dy, dtotal):
         x, weight = ctx.saved_tensors
         D, T = x.shape[-1], x.numel() // x.shape[-1]
+        dy = torch.zeros_like(x) if dy is None else dy
         programs = max(1, min(T, 528))
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         parts = torch.empty(programs, D, device=x.device) if ctx.needs_input_grad[2] else None

@@ -23,6 +23,8 @@ import kernels.sample as D
 import kernels.softmax as X
 import kernels.swiglu as U
 import lora
+import loss as losses
+import optim
 import rollout
 from kernels.attention import attention_ref
 
@@ -34,6 +36,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [torch.float32, torch.bfloat16]
 quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def on_gpu(test):
+    """For shapes that take the interpreter minutes."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: minutes in the interpreter")(test))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -171,6 +178,23 @@ def test_logprob_and_its_gradients(monkeypatch, dtype, learns, options):
             near(ours, ref, torch.float32 if i < 2 else dtype)
 
 
+@on_gpu
+@pytest.mark.parametrize("M, D, V", [(257, 896, 151_936), (1000, 576, 49_152), (33, 1536, 50_001)])
+def test_log_probabilities_at_real_shapes(M, D, V):
+    hidden, weight, y = randn(M, D, dtype=torch.bfloat16), randn(V, D, seed=1, dtype=torch.bfloat16, scale=0.05), torch.randint(0, V, (M,)).to(DEVICE)
+    for ours, ref in zip(S.linear_logprob(hidden, weight, y), L.logprob_ref(hidden.double(), weight.double(), y)):
+        near(ours, ref, torch.float32)
+    grads = []
+    for function, cast in ((L.logprob, torch.bfloat16), (L.logprob_ref, torch.float64)):
+        for learns in (False, True):
+            h, w = leaf(hidden, cast), leaf(weight, cast).requires_grad_(learns)
+            logp, entropy = function(h, w, y)
+            ((logp * randn(M, seed=4)).sum() + (entropy.sum() if learns else 0)).backward()
+            grads.append([x.grad for x in (h, w) if x.grad is not None])
+    for a, b in zip(grads[0] + grads[1], grads[2] + grads[3]):
+        near(a, b, torch.bfloat16)
+
+
 # -------------------------------------------------------------------------------------------------------------- sample
 def by_torch(logits, key, *, temperature=1.0, **truncation):
     """What rollout.py does on a CPU."""
@@ -191,10 +215,10 @@ def test_sampler_draws_the_same_tokens_as_torch(V, n):
         torch.testing.assert_close(entropy.cpu().double(), ref_entropy, rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.gpu
+@on_gpu
 def test_truncation_of_a_real_vocabulary():
-    """49,152 words: minutes in the interpreter; the cutoffs must be those of the sort, to the word."""
-    logits, key = randn(2, 49_152, scale=2.0), D.token_keys(0, 0, torch.arange(2), 0, 0).to(DEVICE)
+    """The cutoffs must be those of the sort, to the word."""
+    logits, key = randn(64, 151_936, scale=2.0), D.token_keys(0, 0, torch.arange(64), 0, 0).to(DEVICE)
     options = dict(top_k=300, top_p=0.9, min_p=0.002, temperature=0.9)
     token, logp, _ = D.sample(logits, key, **options)
     want, want_logp = by_torch(logits, key, **options)
@@ -292,7 +316,7 @@ def test_completions_that_are_scattered_are_refused():
         A.Tiles([(0, 4, 0, 0), (4, 2, 0, 4), (6, 3, 6, 0), (9, 2, 0, 4)], 1, E=8, dtype=torch.float32, device=DEVICE)
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("H, K, E", [(9, 3, 64), (14, 2, 64), (28, 4, 128), (16, 16, 80)])
 @pytest.mark.parametrize("dtype", LOW)
 def test_attention_of_real_models(H, K, E, dtype):
@@ -346,6 +370,7 @@ def test_rms_norm_with_and_without_residual(shape, dtype):
     check(lambda x, w: N.rms_norm(x, w, 1e-5), lambda x, w: N.rms_norm_ref(x, w, 1e-5), [x, weight], dtype)
     check(lambda x, d, w: N.add_rms_norm(x, d, w, 1e-5), lambda x, d, w: (x + d, N.rms_norm_ref(x + d, w, 1e-5)), [x, delta, weight], dtype)
     check(lambda x, d: N.add_rms_norm(x, d, weight.to(dtype), 1e-5)[1], lambda x, d: N.rms_norm_ref(x + d, weight.to(dtype).double(), 1e-5), [x, delta], dtype)  # frozen; total unused
+    check(lambda x, d: N.add_rms_norm(x, d, weight.to(dtype), 1e-5)[0], lambda x, d: x + d, [x, delta], dtype)  # the norm unused
     if x.numel():
         big = leaf(x * 1e15)  # squares up to 1e30, cubes out of range
         N.rms_norm(big, weight, 1e-5).sum().backward()
@@ -448,6 +473,30 @@ def test_model_forward_and_backward_equal_torch(tiny):
     for a, b in zip(scored[:2], ref):
         near(a, b, torch.float32)
     near(logits, tiny.logits(torch.tensor(PROMPTS[0], device=DEVICE)), torch.float32)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_k=30, top_p=0.95)], ids=str)
+def test_training_step_equals_torch(tiny, options):
+    """Sampling, reference, loss with KL and entropy, backward, update, all through Triton and all through torch."""
+    start, ends = [p.detach().clone() for p in tiny.parameters()], []
+    for mode in ("triton", "torch"):
+        kernels.use(mode)
+        tiny.to(DEVICE)
+        for p, before in zip(tiny.parameters(), start):
+            p.data, p.grad = before.clone().to(DEVICE), None
+        out = rollout.generate(tiny, PROMPTS, group_size=2, max_new_tokens=4, stop_ids=[11], seed=5, **options)
+        groups, old = [out.group(b, 2) for b in range(2)], torch.tensor(sum(out.logprobs, []), device=DEVICE)
+        with torch.no_grad():
+            ref_logp, _, _ = tiny.completion_logprobs(PROMPTS, groups, **options)
+        logp, entropy, rows = tiny.completion_logprobs(PROMPTS, groups, **options)
+        loss, _ = losses.policy_loss(logp, old, torch.tensor([1.0, -1.0, 0.5, -0.5], device=DEVICE), rows, ref_logp=ref_logp - 0.1, entropy=entropy, beta=0.1, entropy_coef=0.01)
+        loss.backward()
+        assert (logp - old).abs().max() < 2e-5  # the sampler and the trainer are one model
+        grads = [p.grad.clone() for p in tiny.parameters()]
+        norm = optim.AdamW(list(tiny.named_parameters()), lr=1e-3, eps=1.0).step(1e-3)  # eps 1: the step is the gradient, not its sign
+        ends.append([loss, norm, *grads, *(p.detach().clone() for p in tiny.parameters())])
+    for a, b in zip(*ends):
+        near(a, b, torch.float32)
 
 
 def test_lora_step_equals_torch(tiny):
