@@ -38,6 +38,7 @@ class Config:
     rewards: list = field(default_factory=lambda: [("gsm8k", 1.0)])
     reward_messages: bool = False  # rewards get TRL's conversational form where the prompt is a list of messages
     sandbox: str = "auto"  # for the reward `code`; strict: refuses to start where a program cannot be fully isolated
+    reward_overlap: bool = False  # score a group while others are still sampled: for slow rewards; each is then called once a group, not once a step
     reward_timeout: float = 300.0  # seconds one reward function may take for a batch
     # -- the batch: these three knobs and no others
     prompts_per_step: int = 8  # B, prompts of one update, over all ranks

@@ -526,6 +526,30 @@ def score(rewards, completions, prompts, columns, *, group_size, completion_ids=
     return parts, np.where(counted.any(1), reward, np.nan)
 
 
+class InBackground:
+    """Calls, numbered, made one after another in a thread of their own while the caller goes on: a slow reward hides behind sampling."""
+
+    def __init__(self):
+        self.calls, self.done = queue.SimpleQueue(), {}
+        self.thread = threading.Thread(target=self.work, daemon=True)  # it dies with the process, so Ctrl-C need not wait for it
+        self.thread.start()
+
+    def work(self):
+        for number, call in iter(self.calls.get, None):
+            box = queue.SimpleQueue()
+            deliver(call, box)
+            self.done[number] = box.get()
+
+    def results(self) -> list:
+        """What the calls returned, in the order of their numbers, when all are done; raises what the first of them to fail raised."""
+        self.calls.put(None)
+        self.thread.join()
+        results = [self.done[number] for number in sorted(self.done)]
+        for failure in (r for r in results if isinstance(r, BaseException)):
+            raise failure
+        return results
+
+
 def arguments(label: str, function, known: dict) -> dict:
     """What `function` is called with: everything if it takes **kwargs, else what its signature names. RewardError if it wants more."""
     parameters = inspect.signature(function).parameters.values()

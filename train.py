@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -71,17 +72,26 @@ def sample_and_score(run, rows, numbers, timer) -> Batch:
     """Samples a group for each of these rows and scores it. numbers: the rows' numbers in the step, which draws are keyed by."""
     cfg = run.cfg
     prompts = [data.prompt_ids(run.tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill) for row in rows]
+    background = rewarding.InBackground() if cfg.reward_overlap else None
     with timer("sample"):
         run.model.eval()  # no LoRA dropout in the sampler
         out = rollout.generate(run.model, prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens, stop_ids=run.stop_ids,
                                temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p, slots=cfg.slots, seed=cfg.seed,
-                               step=run.step + 1, prompt_numbers=numbers, entropy=cfg.top_entropy < 1)
+                               step=run.step + 1, prompt_numbers=numbers, entropy=cfg.top_entropy < 1,
+                               on_group=background and (lambda b, ids: background.calls.put((b, partial(score_rows, run, [rows[b]], list(ids))))))
     with timer("score"):
-        texts = [cfg.prefill + text for text in run.tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
-        parts, reward = rewarding.score(weighted(run), texts, [row["prompt"] for row in rows for _ in range(cfg.group_size)], data.columns(rows, cfg.group_size),
-                                        group_size=cfg.group_size, completion_ids=out.ids, max_new_tokens=cfg.max_new_tokens,
-                                        reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
-    return Batch(rows, prompts, out, texts, parts, reward)
+        scored = background.results() if background else [score_rows(run, rows, out.ids)]
+    texts, parts, reward = zip(*scored)
+    return Batch(rows, prompts, out, [text for of in texts for text in of], np.concatenate(parts), np.concatenate(reward))
+
+
+def score_rows(run, rows, ids):
+    """Texts, reward parts (n, R) and rewards (n,), NaN for None, of completions `ids`, group_size of each of the rows."""
+    cfg = run.cfg
+    texts = [cfg.prefill + text for text in run.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    prompts = [row["prompt"] for row in rows for _ in range(cfg.group_size)]
+    return texts, *rewarding.score(weighted(run), texts, prompts, data.columns(rows, cfg.group_size), group_size=cfg.group_size, completion_ids=ids,
+                                   max_new_tokens=cfg.max_new_tokens, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
 
 
 def flat_groups(reward, G) -> list[int]:

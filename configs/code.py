@@ -13,6 +13,7 @@ rewards = [("code", 1.0)]
 
 prompts_per_step, group_size, micro_tokens = 8, 16, 16384
 max_new_tokens, temperature = 400, 1.0
+reward_overlap = True  # programs run while other groups are sampled
 beta = 0.0
 lora_rank, lora_alpha = 32, 64.0
 steps, lr, warmup_steps = 200, 1e-5, 10

@@ -383,3 +383,31 @@ def test_a_step_torn_between_its_updates_is_not_saved(tmp_path):
     finally:
         train.gradients = gradients
     assert checkpoint.load_state(checkpoint.newest(cfg.out_dir))[1]["step"] == 2
+
+
+def test_rewards_of_finished_groups_are_computed_while_others_are_sampled_and_change_nothing(tmp_path):
+    heard = []
+
+    def slow(completions, **_):
+        heard.append((len(completions), time.perf_counter()))
+        time.sleep(0.02)
+        return even(completions)
+    ends = []
+    generate = train.rollout.generate
+    train.rollout.generate = lambda *a, **k: (out := generate(*a, **k), ends.append(time.perf_counter()))[0]
+    try:
+        plain, overlapped = (train.Run(settings(tmp_path, rewards=[(slow, 1.0), ("length", 0.1)], slots=4, reward_overlap=on)) for on in (False, True))
+        a, b = one_step(plain), one_step(overlapped)
+    finally:
+        train.rollout.generate = generate
+    assert [n for n, _ in heard] == [16, 4, 4, 4, 4]
+    assert heard[0][1] > ends[0] and heard[1][1] < ends[1]  # the first group's before the last row was drawn
+    assert {k: v for k, v in a.items() if "time" not in k and "second" not in k and "memory" not in k} == {k: v for k, v in b.items() if "time" not in k and "second" not in k and "memory" not in k}
+    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), overlapped.model.parameters()))
+
+
+@pytest.mark.parametrize("reward, words", [(bad_length, "bad_length"), (raises, "raises"), (nan, "nan")])
+def test_a_bad_reward_in_the_background_ends_in_the_same_sentence(tmp_path, capsys, reward, words):
+    test_a_bad_reward_ends_in_one_sentence_and_loses_nothing(tmp_path, capsys, reward, words)
+    with pytest.raises(rewarding.RewardError, match=words):
+        one_step(train.Run(settings(tmp_path, rewards=[(reward, 1.0)], reward_overlap=True)))
