@@ -43,6 +43,14 @@ def test_file_is_run_in_a_namespace_of_its_own(tmp_path):
     ("group_size = 1\n", [], "group_size = 1"),
     ("group_size = 0\n", [], "too small"),
     ("temperature = 0\n", [], "nothing could be learnt"),
+    ("preset = 'ppo'\n", [], "'dr_grpo'"),
+    ("top_entropy = 0.0\n", [], "above 0 and at most 1"),
+    ("mismatch_clip = 0\n", [], "2 is usual"),
+    ("ref_sync_every, beta = 5, 0.1\n", [], "lora_rank = 0"),
+    ("ref_sync_every, lora_rank, beta = 5, 0, 0\n", [], "beta > 0"),
+    ("prompts_per_step, minibatches = 8, 3\n", [], "3 minibatches"),
+    ("combine, advantage = 'normalize_then_sum', 'rloo'\n", [], "leave that at 'group'"),
+    ("reward_weights = [1.0]\n", [], "function"),
 ])
 def test_mistakes_stop_with_what_to_type_instead(tmp_path, text, flags, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
@@ -74,3 +82,23 @@ def test_every_key_has_a_comment_or_speaks_for_itself():
 def test_differences_are_what_was_set(tmp_path):
     c = configs.load([write(tmp_path, "lr = 2e-5\n")])
     assert configs.differences(c).keys() == {"lr", "out_dir"}
+
+
+@pytest.mark.parametrize("name", configs.PRESETS)
+def test_a_preset_sets_keys_that_exist_to_values_that_are_taken(tmp_path, name):
+    c = configs.load([write(tmp_path, f"preset = {name!r}\n")])
+    assert {key: getattr(c, key) for key in configs.PRESETS[name]} == configs.PRESETS[name]
+
+
+def test_keys_beside_a_preset_win_and_the_command_line_wins_over_the_file(tmp_path):
+    path = write(tmp_path, "preset, beta, clip_high = 'grpo', 0.01, 0.5\n")
+    c = configs.load([path])
+    assert (c.aggregate, c.beta, c.clip_high) == ("sequence", 0.01, 0.5)
+    c = configs.load([path, "--preset=dapo"])  # of the command line: above the file's keys
+    assert (c.aggregate, c.beta, c.clip_high, c.resample_zero_groups) == ("token", 0.0, 0.28, True)
+    c = configs.load([path, "--preset=dapo", "--beta=0.2", "--clip_high=0.4"])
+    assert (c.aggregate, c.beta, c.clip_high) == ("token", 0.2, 0.4)
+
+
+def test_weights_over_time_are_a_function_of_the_file(tmp_path):
+    assert configs.load([write(tmp_path, "def reward_weights(step):\n    return [1.0 / step]\n")]).reward_weights(4) == [0.25]
