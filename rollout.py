@@ -28,7 +28,6 @@ import torch
 from kernels.logprob import logits_fp32, truncate_
 from kernels.packed_linear import packed
 from kernels import flash_attention as flash, rope, sample as sampling
-from kernels.sample import draw, entropy, greedy, token_keys
 from model import Packed
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations
@@ -277,7 +276,7 @@ class Sampler:
         self.plan = (FlashDecode if flash.on_triton(model.embed) else Decode)(self.cache, self.slots, dev, model.dtype)
         # every key of the batch at once: ten rounds of integer arithmetic a token would be a third of a small model's step
         seed, step, numbers = key
-        self.keys = token_keys(seed, step, torch.tensor(numbers)[:, None, None], torch.arange(G)[None, :, None],
+        self.keys = sampling.token_keys(seed, step, torch.tensor(numbers)[:, None, None], torch.arange(G)[None, :, None],
                                torch.arange(max(limits) if self.temperature else 0)).view(B * G, -1).to(dev)
         self.ids, self.logprobs, self.entropies, self.stopped = *([[] for _ in range(B * G)] for _ in range(3)), [False] * (B * G)
         self.wants_entropy, self.on_group = entropy, on_group
@@ -323,16 +322,15 @@ class Sampler:
         """
         logits = self.head(hidden)
         if sampling.on_triton(logits):  # all that follows in one launch
-            keys = self.keys[rows, t] if self.temperature else None
-            return sampling.sample(logits, keys, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, times=times)
+            return sampling.sample(logits, self.keys[rows, t] if self.temperature else None, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, times=times)
         if self.temperature not in (0, 1):
             logits.div_(self.temperature)
         if self.temperature and (self.top_k or self.top_p < 1 or self.min_p):
             truncate_(logits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         if times > 1:
             logits = logits.repeat_interleave(times, 0)
-        entropies = entropy(logits) if self.wants_entropy else None  # a pass over the logits, which few objectives need
-        return *(draw(logits, self.keys[rows, t]) if self.temperature else greedy(logits)), entropies
+        entropies = sampling.entropy(logits) if self.wants_entropy else None  # a pass over the logits, which few objectives need
+        return *(sampling.draw(logits, self.keys[rows, t]) if self.temperature else sampling.greedy(logits)), entropies
 
     def record(self, rows: list[int], token, logp, entropies) -> list[int]:
         """Notes what each row drew. Returns the indices of the rows for which that was the last, and closes their accounts."""
