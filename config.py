@@ -102,6 +102,7 @@ class Config:
     eval_max_new_tokens: int = 0  # 0: max_new_tokens
     # -- the run
     force: bool = False  # go on although the first batch shows that nothing can be learnt
+    checkpointing: str = "none"  # none | layers: keep only what enters a layer and compute it again in the backward; less memory, a third more time
     kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0
     out_dir: str = ""  # "": out/NAME of the config file
@@ -211,7 +212,7 @@ def wrong(key: str, value):
 
 
 CHOICES = dict(dtype=("auto", "float32", "bfloat16"), objective=("reinforce", "clip", "cispo", "gspo"), aggregate=("token", "sequence", "constant", "group"),
-               advantage=("group", "none", "batch", "rloo"), kl=("k1", "k2", "k3", "full"), combine=("sum", "normalize_then_sum"), kernels=("auto", "torch", "triton"), schedule=("constant", "cosine", "linear"), wandb=("", "online", "offline"),
+               advantage=("group", "none", "batch", "rloo"), kl=("k1", "k2", "k3", "full"), combine=("sum", "normalize_then_sum"), kernels=("auto", "torch", "triton"), checkpointing=("none", "layers"), schedule=("constant", "cosine", "linear"), wandb=("", "online", "offline"),
                sandbox=("auto", "strict"))
 AT_LEAST = dict(prompts_per_step=1, group_size=1, micro_tokens=1, max_new_tokens=1, temperature=0, top_k=0, steps=0, lr=0, beta=0, lora_rank=0,
                 sft_steps=0, sft_batch=1, eval_every=0, eval_problems=1, eval_samples=1, save_every=0, keep=0, rollouts_every=0, show_every=0, warmup_steps=0, epochs=1, minibatches=1,

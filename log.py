@@ -149,6 +149,7 @@ def header(run):
     say(f"{'scratch' if cfg.scratch else cfg.model}: {m.shape.family}, {total:,} parameters, {trained:,} trained ({f'LoRA {cfg.lora_rank}' if cfg.lora_rank else 'full'}), "
         f"{str(run.dtype).removeprefix('torch.')} on {name}" + (f", {world()} processes" if world() > 1 else ""))
     say("differs from the defaults: " + ", ".join(f"{k}={getattr(v, '__name__', v)!r}" for k, v in configs.differences(cfg).items()))
+    say(run.kernels)
     if evaluation.runs_code(run.rewards):
         held = sandbox.isolation()
         say(f"sandbox ({cfg.sandbox}): isolates {', '.join(held)}" + "".join(f"; NOT {name}" for name in sandbox.FULL if name not in held))

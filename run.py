@@ -29,7 +29,7 @@ class Run:
     def __init__(self, cfg):
         self.cfg = cfg
         self.device, self.dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
-        kernels.use(cfg.kernels)
+        self.kernels = kernels.use(cfg.kernels)
         if "LOCAL_RANK" in os.environ:  # torchrun
             if self.device == "cuda":
                 self.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -50,6 +50,7 @@ class Run:
             checkpoint.check_same_run(state, self.fingerprint)
             self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.load_models()
+        self.model.checkpointing = cfg.checkpointing == "layers"
         self.optimizer = optim.AdamW(list(self.model.named_parameters()), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
         if saved:
             self.optimizer.load_state(saved)

@@ -3,7 +3,7 @@
     python bench/step.py MODEL_FOLDER [--lora=16] [--beta=0.04] [--prompts=4 --group=8 --plen=64 --new=64] [--threads=1] [--steps=2]
 
 Each side runs in a process of its own, so that its peak memory is its own, one after the other. Every completion has exactly --new tokens; one warm-up step is
-dropped and the median of the others counts. TRL (pip install trl peft) takes the micro-batch of 8 rows that its users take, ours all rows at once. fp32 weights.
+dropped and the median of the others counts. Both take a group's rows as a micro-batch (for TRL, pip install trl peft, the size its users take). fp32 weights.
 The floor is what the multiplications of the step alone would take at the speed of a large fp32 matmul measured on the spot.
 """
 import argparse
@@ -58,16 +58,17 @@ def ours(a):
         marks = [time.perf_counter()]
         out = rollout.generate(model, prompts, group_size=a.group, max_new_tokens=a.new, stop_ids=[], seed=0, step=step)
         marks.append(time.perf_counter())
-        groups, ref_logp = [out.group(b, a.group) for b in range(a.prompts)], None
+        groups, ref_logp = [[out.group(b, a.group)] for b in range(a.prompts)], [None] * a.prompts
         if a.beta:
             with torch.no_grad(), lora.disabled(model):
-                ref_logp, _, _ = reference.completion_logprobs(prompts, groups)
+                ref_logp = [reference.completion_logprobs([p], group)[0] for p, group in zip(prompts, groups)]
         marks.append(time.perf_counter())
-        adv = losses.advantages(torch.arange(float(a.prompts * a.group)).sin().view(a.prompts, a.group)).reshape(-1)
-        logp, entropy, rows = model.completion_logprobs(prompts, groups)
-        old = torch.tensor([x for row in out.logprobs for x in row])
-        loss, _ = losses.policy_loss(logp, old, adv, rows, ref_logp=ref_logp, entropy=entropy, beta=a.beta)
-        loss.backward()
+        adv = losses.advantages(torch.arange(float(a.prompts * a.group)).sin().view(a.prompts, a.group))
+        for b, (prompt, group) in enumerate(zip(prompts, groups)):
+            logp, entropy, rows = model.completion_logprobs([prompt], group)
+            old = torch.tensor([x for row in out.logprobs[b * a.group : (b + 1) * a.group] for x in row])
+            loss, _ = losses.policy_loss(logp, old, adv[b], rows, ref_logp=ref_logp[b], entropy=entropy, beta=a.beta, norm=a.prompts * a.group * a.new)
+            loss.backward()
         optimizer.step(1e-6, max_norm=1.0)
         optimizer.zero_grad()
         marks.append(time.perf_counter())
@@ -96,7 +97,7 @@ def trl(a):
             steps.append(dict(sample=spent["sample"], reference=spent["reference"], update=step - spent["sample"] - spent["reference"], step=step))
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(output_dir=folder, use_cpu=True, bf16=False, per_device_train_batch_size=8, gradient_accumulation_steps=a.prompts * a.group // 8, num_generations=a.group,
+        config = GRPOConfig(output_dir=folder, use_cpu=True, bf16=False, per_device_train_batch_size=a.group, gradient_accumulation_steps=a.prompts, num_generations=a.group,
                             max_completion_length=a.new, beta=a.beta, max_steps=a.steps + 1, learning_rate=1e-6, gradient_checkpointing=False, report_to="none",
                             save_strategy="no", logging_strategy="no", disable_tqdm=True, generation_kwargs=dict(min_new_tokens=a.new))
         peft = LoraConfig(r=a.lora, lora_alpha=2 * a.lora, target_modules="all-linear", task_type="CAUSAL_LM") if a.lora else None

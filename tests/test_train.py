@@ -173,7 +173,7 @@ def one_step_gradients(tmp_path, **keys):
 EVERYTHING = [
     dict(), dict(beta=0.2, aggregate="sequence", entropy_coef=0.01), dict(objective="gspo", aggregate="group"), dict(lora_rank=4, beta=0.1, aggregate="constant"),
     dict(beta=0.2, kl="full", top_p=0.9), dict(lora_rank=4, beta=0.2, kl="full", kl_times_ratio=True), dict(mask_truncated=True, aggregate="constant", beta=0.1),
-    dict(top_entropy=0.3), dict(mismatch_clip=2.0), dict(epochs=2, minibatches=2, mismatch_clip=2.0), dict(combine="normalize_then_sum"), dict(preset="dapo", **configs.PRESETS["dapo"])]
+    dict(top_entropy=0.3), dict(mismatch_clip=2.0), dict(checkpointing="layers", lora_rank=4), dict(epochs=2, minibatches=2, mismatch_clip=2.0), dict(combine="normalize_then_sum"), dict(preset="dapo", **configs.PRESETS["dapo"])]
 
 
 @pytest.mark.parametrize("keys", EVERYTHING, ids=str)
@@ -182,6 +182,13 @@ def test_gradient_does_not_depend_on_micro_batches(tmp_path, keys):
     for micro_tokens in (30, 77, 200):
         for a, b in zip(whole, one_step_gradients(tmp_path, micro_tokens=micro_tokens, **keys), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max() + 1e-9))
+
+
+def test_checkpointing_changes_no_bit_of_a_run(tmp_path):
+    runs = [train.Run(settings(tmp_path, lora_rank=4, lora_dropout=0.2, beta=0.1, checkpointing=how)) for how in ("none", "layers")]
+    for run in runs:
+        one_step(run), one_step(run)
+    assert runs[1].model.checkpointing and all(torch.equal(p, q) for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters()))
 
 
 def test_a_step_whose_groups_are_all_equal_leaves_every_weight_as_it_was(tmp_path):
