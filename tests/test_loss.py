@@ -59,7 +59,7 @@ def value_and_grad(x, **options):
 # ------------------------------------------------------------------------- the oracle: one token at a time, no shared code
 
 def oracle(x, objective, aggregate, beta, kl, kl_times_ratio, dual_clip, entropy_coef, clip_low, clip_high, cispo_max,
-           group_size, max_new_tokens):
+           group_size, max_new_tokens, weight=None):
     """The loss from FORMULAS, scalar by scalar; tensors of no dimension, so that autograd can differentiate it."""
     logp, old, ref, ent = ([v for v in x[k]] for k in ("logp", "old_logp", "ref_logp", "entropy"))
     adv, rows = x["adv"].tolist(), x["rows"].tolist()
@@ -80,6 +80,8 @@ def oracle(x, objective, aggregate, beta, kl, kl_times_ratio, dual_clip, entropy
                 if adv[i] < 0 and dual_clip is not None and s.item() > dual_clip:
                     l = dual_clip * adv[i]
                 l = -l
+            if weight is not None:
+                l = l * weight[t].item()
             if beta:
                 d = ref[t] - logp[t]
                 k = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1, "full": x["exact_kl"][t]}[kl]
@@ -94,7 +96,8 @@ def oracle(x, objective, aggregate, beta, kl, kl_times_ratio, dual_clip, entropy
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_and_gradient_equal_a_loop_in_float64_for_every_option(objective, aggregate):
     x = batch()
-    for o in (o for o in OPTIONS if o["objective"] == objective and o["aggregate"] == aggregate):
+    mask = torch.tensor([1.0, 0.0, 0.4] * 7, dtype=F64)[: len(x["rows"])]
+    for o in (o | dict(weight=w) for o in OPTIONS if o["objective"] == objective and o["aggregate"] == aggregate for w in (None, mask)):
         y = with_grad(x)
         want = oracle(y, **o, **CLIPS, **COUNTS)
         want_grads = torch.autograd.grad(want, (y["logp"], y["entropy"]), allow_unused=True, materialize_grads=True)
@@ -653,7 +656,7 @@ def trl_loss():
     """TRL's own GRPOTrainer._compute_loss on the least `self` that it accepts: (batch, settings) -> loss, gradient, metrics."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
 
-    def run(x, *, loss_type, level="token", low=0.2, high=0.2, delta=None, beta=0.0, times=False, entropy_coef=0.0, weight=None):
+    def run(x, *, loss_type, level="token", low=0.2, high=0.2, delta=None, beta=0.0, times=False, entropy_coef=0.0, weight=None, top=1.0):
         rows, N = x["rows"], len(x["adv"])
         lengths = torch.bincount(rows, minlength=N)
         C = int(lengths.max())
@@ -662,16 +665,17 @@ def trl_loss():
         logp = x["logp"].clone().requires_grad_()
         entropy = x["entropy"].clone().requires_grad_()
         args = types.SimpleNamespace(delta=delta, use_bias_correction_kl=times, steps_per_generation=1)
-        accelerator = types.SimpleNamespace(num_processes=1, gather=lambda v: v, reduce=lambda v, reduction: v, sync_gradients=True)
+        accelerator = types.SimpleNamespace(num_processes=1, gather=lambda v: v, pad_across_processes=lambda v, **_: v, reduce=lambda v, reduction: v, sync_gradients=True)
         metrics = {"train": collections.defaultdict(list)}
         stub = types.SimpleNamespace(
             _get_per_token_logps_and_entropies=lambda *a, **k: (pad(logp), pad(entropy), None), aux_loss_enabled=False,
-            top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta, args=args,
+            top_entropy_quantile=top, off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta, args=args,
             loss_type=loss_type, epsilon_low=low, epsilon_high=high,
             use_vllm=weight is not None, vllm_importance_sampling_correction=True,
             model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=1, accelerator=accelerator,
             max_completion_length=COUNTS["max_new_tokens"], _entropy_bonus_enabled=entropy_coef != 0, use_adaptive_entropy=False,
             entropy_coef=entropy_coef, _metrics=metrics)
+        stub.get_high_entropy_mask = types.MethodType(trainer.get_high_entropy_mask, stub)
         ids = torch.zeros((N, C), dtype=torch.long)
         inputs = dict(prompt_ids=ids[:, :1], prompt_mask=torch.ones((N, 1)), completion_ids=ids, completion_mask=mask.to(logp.dtype),
                       advantages=x["adv"], old_per_token_logps=pad(x["old_logp"]), ref_per_token_logps=pad(x["ref_logp"]),
@@ -720,6 +724,16 @@ def test_entropy_bonus_and_token_weight_equal_trl(trl_loss):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
         for a, b in zip(grads, want_grads):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("top", [0.2, 0.5, 0.8])
+def test_entropy_mask_equals_trl(trl_loss, top):
+    x = batch(8, lengths=(3, 1, 5, 2, 4, 3, 2, 6))
+    x["entropy"] = x["entropy"].float().double()  # TRL compares with a threshold in float32
+    want, want_grad, _, _ = trl_loss(x, loss_type="dapo", beta=0.1, top=top)
+    got, grad, *_ = value_and_grad(x, beta=0.1, weight=loss.highest(x["entropy"], top).double())
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-12, atol=1e-14)
 
 
 # ------------------------------------------------------------------------------------------ several rewards, masks, mismatch
