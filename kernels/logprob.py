@@ -4,11 +4,12 @@
     dlogp/dz = onehot(y) - p     dentropy/dz_j = -p_j (log p_j + entropy)
 
 At 8,192 tokens and 151,936 words the logits alone are 5 GB in fp32, and log_softmax with autograd keeps three of them.
-Here a chunk of rows lives at a time, as logits z and as probabilities p. What the backward needs depends on who learns:
+Here a chunk of rows lives at a time, and its logits become its probabilities where they stand. What the backward needs depends on who learns:
 
     hidden states only (LoRA: the head is frozen)  dlogp/dh = (W[y] - p W) / temperature is one vector a row. The forward makes
                                                    it while p is there, the backward multiplies it by dlogp: 4 M D V operations
-    the head too, or the entropy has a gradient    the backward makes the chunk's logits again: 8 M D V (6 without dW)
+    the head too, or the entropy has a gradient    the backward makes the chunk's logits again: 8 M D V (6 without dW); where the objective is a
+                                                   sum over tokens, kernels/policy_head.py does without: 6 (4)
     nobody (scoring)                               on a GPU kernels/linear_logprob.py, which makes no logits at all: 2 M D V
 
 Truncated sampling (top-k, top-p, min-p) is scored on the set it kept: words outside have probability 0 and no
@@ -31,6 +32,7 @@ except ImportError:  # torch's CPU builds come without it and do not need it
 
 MODE = "auto"  # set by kernels.use(): "auto" Triton on CUDA tensors, "triton" always, "torch" never
 CHUNK_BYTES = 1 << 26  # fp32 logits alive at once; 64 MiB is 341 rows of 49,152 words: fewer rows made the matmul slower (16 MiB: 1.2x)
+BLOCK = 8  # rows whose passes follow each other on a CPU: 1.6 MB of 49,152 words
 GPU_CHUNKS = 8  # times as much on a GPU: 512 MiB is 883 rows of 151,936 words, enough to fill its matmuls
 
 
@@ -58,13 +60,12 @@ def logprob(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min
     return _LogProb.apply(hidden, weight, targets, temperature, (top_k, top_p, min_p), frozen_head)
 
 
-def logits_fp32(hidden, weight):
+def logits_fp32(hidden, weight, out=None):
     """hidden (M, D) @ weight (V, D)^T with fp32 results: rounding logits to bf16 is the largest sampler/trainer mismatch there is."""
-    if hidden.dtype == torch.float32 or hidden.dtype == torch.float64:
-        return hidden @ weight.t()
-    if hidden.is_cuda:
+    if hidden.is_cuda and hidden.dtype.itemsize < 4:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return hidden.float() @ weight.float().t()  # torch.mm(out_dtype=) has no CPU kernel
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # torch.mm(out_dtype=) has no CPU kernel
+    return torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
 
 
 def truncate_(logits, *, top_k=0, top_p=1.0, min_p=0.0, keep=None):
@@ -97,8 +98,10 @@ class _LogProb(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logp, lse, entropy = (torch.empty(M, dtype=dtype, device=hidden.device) for _ in range(3))
         slope = torch.empty_like(hidden) if frozen_head else None  # dlogp/dh, (M, D)
-        for rows in chunks(M, V, hidden.device):
-            if on_triton(hidden):
+        cut, triton_runs = chunks(M, V, hidden.device), on_triton(hidden)
+        room = None if triton_runs else torch.empty(cut[0].stop if cut else 0, V, dtype=dtype, device=hidden.device)
+        for rows in cut:
+            if triton_runs:
                 z, scale = raw_logits(hidden[rows], weight, targets[rows], temperature, truncation)
                 # dlogp of 1 makes the slope; in place where the dtypes are one, else in half the room beside it
                 dz = (z if z.dtype == weight.dtype else torch.empty_like(z, dtype=weight.dtype)) if frozen_head else None
@@ -106,19 +109,11 @@ class _LogProb(torch.autograd.Function):
                 if frozen_head:
                     torch.mm(dz, weight, out=slope[rows])
                 continue
-            y = targets[rows, None]
-            z = scaled_logits(hidden[rows], weight, targets[rows], temperature, truncation)  # (m, V)
-            top = z.amax(-1, keepdim=True)
-            p = z.sub_(top).exp()  # not yet divided by its sum
-            total = p.sum(-1, keepdim=True)
-            logp[rows] = (z.gather(1, y) - total.log())[:, 0]
-            lse[rows] = (top + total.log())[:, 0]
-            # a word outside the kept set has p = 0 and z = -inf, whose product is nan; 0 * -1e30 is the 0 it should be
-            z = z.clamp_(min=-1e30) if any_truncation(truncation) else z
-            entropy[rows] = (total.log() - z.mul_(p).sum(-1, keepdim=True) / total)[:, 0]
+            z = scaled_logits(hidden[rows], weight, targets[rows], temperature, truncation, room)  # (m, V)
+            total, logp[rows], lse[rows], entropy[rows] = exponentials_(z, targets[rows])
             if frozen_head:
-                p.scatter_add_(1, y, -total)  # total * (p - onehot)
-                slope[rows] = (p.to(weight.dtype) @ weight).mul_(-1 / (total * temperature))
+                z.scatter_add_(1, targets[rows, None], -total)  # total * (p - onehot)
+                slope[rows] = (z.to(weight.dtype) @ weight).mul_(-1 / (total * temperature))
         ctx.save_for_backward(hidden, weight, targets, lse, entropy, slope)
         ctx.temperature, ctx.truncation = temperature, truncation
         ctx.set_materialize_grads(False)  # an unused entropy costs nothing in the backward
@@ -132,21 +127,21 @@ class _LogProb(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # bf16 sums over 10,000 tokens would lose the small ones, so the weight's gradient gathers in fp32
         dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
-        for rows in chunks(len(hidden), len(weight), hidden.device):
+        cut, triton_runs = chunks(len(hidden), len(weight), hidden.device), on_triton(hidden)
+        room = None if triton_runs else torch.empty(cut[0].stop if cut else 0, len(weight), dtype=lse.dtype, device=hidden.device)
+        for rows in cut:
             factors = (None if dlogp is None else dlogp[rows].contiguous(), None if dentropy is None else dentropy[rows].contiguous())
-            if on_triton(hidden):
+            if triton_runs:
                 z, scale = raw_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation)
                 dz = z if z.dtype == hidden.dtype else torch.empty_like(z, dtype=hidden.dtype)
                 row_pass(z, dz, targets[rows], None, lse[rows], entropy[rows], *factors, scale, ctx.temperature, stats=False)
             else:
-                z = scaled_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation)
+                z = scaled_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation, room)
                 dz = logits_grad_(z, targets[rows], lse[rows], entropy[rows], *factors, ctx.temperature).to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dz, weight, out=dhidden[rows])
-            if dweight is not None and dz.is_cuda and dz.dtype != dweight.dtype:  # tensor cores take bf16 factors and add up in fp32
-                torch.addmm(dweight, dz.t(), hidden[rows], out_dtype=dweight.dtype, out=dweight)
-            elif dweight is not None:
-                dweight.addmm_(dz.t().to(lse.dtype), hidden[rows].to(lse.dtype))
+            if dweight is not None:
+                add_outer_(dweight, dz, hidden[rows])
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
@@ -157,31 +152,57 @@ def chunks(M: int, V: int, device=None) -> list[slice]:
     return [slice(i, min(i + size, M)) for i in range(0, M, size)]
 
 
+def blocks(z) -> list[slice]:
+    """Slices of BLOCK rows of z (m, V)."""
+    return [slice(i, i + BLOCK) for i in range(0, len(z), BLOCK)]
+
+
 def any_truncation(truncation) -> bool:
-    top_k, top_p, min_p = truncation
-    return top_k > 0 or top_p < 1.0 or min_p > 0.0
+    return truncation[0] > 0 or truncation[1] < 1.0 or truncation[2] > 0.0  # top_k, top_p, min_p
 
 
-def scaled_logits(hidden, weight, targets, temperature, truncation):
-    """Logits over temperature, words outside the kept set at -inf. (m, D), (V, D), (m,) -> (m, V) fp32."""
-    z = logits_fp32(hidden, weight)
+def scaled_logits(hidden, weight, targets, temperature, truncation, room=None):
+    """Logits over temperature, words outside the kept set at -inf. (m, D), (V, D), (m,) -> (m, V) fp32, in room where it is given: fresh memory costs a tenth of the matmul."""
+    z = logits_fp32(hidden, weight, None if room is None else room[: len(hidden)])
     if temperature != 1.0:
         z.div_(temperature)
     top_k, top_p, min_p = truncation
     return truncate_(z, top_k=top_k, top_p=top_p, min_p=min_p, keep=targets) if any_truncation(truncation) else z
 
 
+def exponentials_(z, targets):
+    """Scaled logits z (m, V) become e^(z - max), not yet divided by their sum. Returns that sum (m, 1), and logp, lse, entropy (m,) of the softmax."""
+    top, (logit, total, dot) = z.amax(-1, keepdim=True), torch.empty(3, len(z), 1, dtype=z.dtype, device=z.device)
+    scratch = torch.empty_like(z[:BLOCK])
+    for some in blocks(z):  # a few rows stay in the cache from one pass over them to the next
+        e, y = z[some], targets[some, None]
+        x = torch.sub(e, top[some], out=scratch[: len(e)])
+        torch.gather(x, 1, y, out=logit[some])
+        torch.exp(x, out=e)
+        torch.sum(e, -1, keepdim=True, out=total[some])
+        # a word outside the kept set has e = 0 and x = -inf, whose product is nan; 0 * -1e30 is the 0 it should be
+        torch.sum(x.clamp_(min=-1e30).mul_(e), -1, keepdim=True, out=dot[some])
+    log_total = total.log()
+    return total, (logit - log_total)[:, 0], (top + log_total)[:, 0], (log_total - dot / total)[:, 0]
+
+
+def add_outer_(dweight, dz, hidden):
+    """dweight (V, D) += dz (m, V)^T hidden (m, D), added up in dweight's dtype."""
+    if dz.is_cuda and dz.dtype != dweight.dtype:  # tensor cores take bf16 factors and add up in fp32
+        torch.addmm(dweight, dz.t(), hidden, out_dtype=dweight.dtype, out=dweight)
+    else:
+        dweight.addmm_(dz.t().to(dweight.dtype), hidden.to(dweight.dtype))
+
+
 def logits_grad_(z, targets, lse, entropy, dlogp, dentropy, temperature):
     """Gradient of the loss by the unscaled logits, from the scaled logits z (m, V), overwritten. dlogp, dentropy (m,) or None."""
-    logq = z.sub_(lse[:, None])
-    p = logq.exp()
-    factor = 0.0 if dlogp is None else -dlogp[:, None]  # dloss/dz_j = p_j * factor + onehot * dlogp
-    if dentropy is not None:
-        factor = factor - dentropy[:, None] * (logq.clamp_(min=-1e30) + entropy[:, None])
-    dz = p.mul_(factor)
-    if dlogp is not None:
-        dz.scatter_add_(1, targets[:, None], dlogp[:, None])
-    return dz.div_(temperature) if temperature != 1.0 else dz
+    dlogp = torch.zeros_like(lse) if dlogp is None else dlogp / temperature
+    for some in blocks(z):  # dloss/dz_j = onehot * dlogp - p_j * (dlogp + dentropy * (log p_j + entropy))
+        logq, factor = z[some].sub_(lse[some, None]), dlogp[some, None]
+        if dentropy is not None:
+            factor = (logq.clamp(min=-1e30) + entropy[some, None]).mul_(dentropy[some, None] / temperature).add_(factor)
+        logq.exp_().mul_(factor).neg_()
+    return z.scatter_add_(1, targets[:, None], dlogp[:, None])
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU
