@@ -192,7 +192,7 @@ class Log:
     """metrics.jsonl, the screen, and wandb where it is switched on."""
 
     def __init__(self, run):
-        self.run, cfg = run, run.cfg
+        self.run, cfg, self.step = run, run.cfg, -1  # the step whose row was written last
         self.active = rank() == 0
         if not self.active:
             return
@@ -209,6 +209,7 @@ class Log:
             self.wandb = wandb.init(project=cfg.wandb_project, name=run.out.name, mode=cfg.wandb, config=keys, dir=str(run.out))
 
     def write(self, metrics: dict):
+        self.step = metrics["step"]
         if self.active:
             self.file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}) + "\n")
             self.file.flush()

@@ -336,7 +336,6 @@ def main(cfg):
                 metrics |= after[0]
                 say(f"      = {evaluation.summary(after[0])}" if after[0] else "")
             log.write(metrics)
-            metrics = None
             if rank() == 0 and (cfg.save_every and run.step % cfg.save_every == 0 or run.step == cfg.steps):
                 run.save()
     except (KeyboardInterrupt, Stop, rewarding.RewardError, FloatingPointError, ValueError) as e:
@@ -344,7 +343,7 @@ def main(cfg):
             raise  # a config that cannot run at all: there is nothing to save
         if run.torn:
             raise  # between the updates of a step: what is in memory is no step's state, the last checkpoint is
-        if metrics:  # interrupted after the step, before its row was written
+        if metrics and log.step < metrics["step"]:  # interrupted after the step, before its row was written
             log.write(metrics)
         # weights and optimiser change only inside `uninterrupted`, so what stands here is a whole step: nothing is lost
         path = run.save() if rank() == 0 else ""

@@ -138,6 +138,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 1 and "go on with: python train.py" in out and "--resume=True" in out
     state = checkpoint.load_state(checkpoint.newest(tmp_path / "stopped"))[1]
     assert state["step"] >= 5
+    assert [m["step"] for m in rows(tmp_path / "stopped" / "metrics.jsonl")] == list(range(1, state["step"] + 1))  # no row is lost, and none is there twice
 
 
 @pytest.mark.slow
