@@ -10,6 +10,8 @@ How it is laid out. The keys and values of a prompt lie once in the cache and ar
 for the tokens it drew. Live rows are always slots 0..n-1: a finished row's place goes to the next row of the queue, and when
 that is empty to the last live row, whose own keys move. So the matmuls see live rows only, and the batch shrinks by itself.
 
+On a GPU the host looks only after a block of steps, at the block before: decode.py has the step, `decode_block` below the looking.
+
 What a row draws depends on (seed, step, prompt, sample, position) and on its logits alone: see kernels/sample.py.
 
 Dims: B prompts, G rows a prompt, N = B*G rows, n live rows, g live groups, m rows of a group at most, P prompt length, C own
@@ -27,7 +29,9 @@ import torch
 
 from kernels.logprob import logits_fp32, truncate_
 from kernels.packed_linear import packed
-from kernels import flash_attention as flash, rope, sample as sampling
+from kernels import flash_attention as flash, sample as sampling
+import decode
+from decode import Blocks, Cache, cache_bytes, upload
 from model import Packed
 
 PREFILL_TOKENS = 8192  # prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations
@@ -46,34 +50,6 @@ class Rollout:
 
     def group(self, b: int, group_size: int) -> list[list[int]]:
         return self.ids[b * group_size : (b + 1) * group_size]
-
-
-class Cache:
-    """Keys and values: prompts (L, groups, K, P, E), read by all rows of a group, and own tokens (L, slots, K, C, E)."""
-
-    def __init__(self, model, *, groups: int, slots: int, prompt_tokens: int, new_tokens: int):
-        s, kw = model.shape, dict(dtype=model.dtype, device=model.device)
-        self.P, self.C = prompt_tokens, new_tokens
-        # zeros, not empty: a masked key has weight 0, and 0 times a NaN found in memory is NaN
-        self.prompt_k, self.prompt_v = (torch.zeros(s.L, groups, s.K, prompt_tokens, s.E, **kw) for _ in range(2))
-        self.own_k, self.own_v = (torch.zeros(s.L, slots, s.K, new_tokens, s.E, **kw) for _ in range(2))
-
-    def bytes(self) -> int:
-        return sum(t.nbytes for t in (self.prompt_k, self.prompt_v, self.own_k, self.own_v))
-
-    def move_rows(self, source, target, length: int):
-        """The first `length` own keys of slots source (i,) go to slots target (i,)."""
-        for t in (self.own_k, self.own_v):
-            t[:, target, :, :length] = t[:, source, :, :length]
-
-    def move_group(self, source: int, target: int):
-        for t in (self.prompt_k, self.prompt_v):
-            t[:, target] = t[:, source]
-
-
-def cache_bytes(shape, itemsize: int, *, groups: int, slots: int, prompt_tokens: int, new_tokens: int) -> int:
-    """Bytes of a Cache of these sizes, known before it is made. shape: model.Shape; itemsize: bytes of a number."""
-    return 2 * shape.L * shape.K * shape.E * itemsize * (groups * prompt_tokens + slots * new_tokens)
 
 
 def group_places(slots: int, group_size: int, prompts: int) -> int:
@@ -109,6 +85,36 @@ def plan_slots(shape, itemsize: int, free: float, *, slots: int, group_size: int
     if fit < slots:
         print(f"sampling {slots} rows at once would need {need[0] / 1e9:.1f} GB and {free / 1e9:.1f} GB is free: {fit} rows at once")
     return fit
+
+
+def usable_bytes(device) -> float:
+    """What sampling may take: a fifth of the free memory is left to the activations, and to what else grows in the process."""
+    return 0.8 * free_bytes(device)
+
+
+def static_blocks(model, block: int, keep: bool, *, slots: int, group_size: int, prompts: int, prompt_tokens: int, new_tokens: int) -> Blocks:
+    """Buffers for decoding in blocks: those the model holds from an earlier call where they are large enough, else new ones.
+
+    The new ones are large enough for the earlier call too, so that training and evaluation do not take turns in building them, unless that
+    takes more than half of the memory.
+    """
+    held = decode.kept(model) if keep else None
+    places = partial(group_places, group_size=group_size, prompts=prompts)
+    if held and held.holds(groups=places(min(slots, held.slots)), slots=slots, block=block, prompt_tokens=prompt_tokens, new_tokens=new_tokens):
+        return held
+    before = held.sizes if held else {}
+    held = model.decode_graphs = None  # gives its memory back, before what is free is counted
+    # in steps of 64, since the longest prompt is another in every batch
+    sizes, size, room = dict(prompt_tokens=-(-prompt_tokens // 64) * 64, new_tokens=new_tokens), (model.shape, model.embed.itemsize), usable_bytes(model.device)
+    fit = plan_slots(*size, room, slots=slots, group_size=group_size, prompts=prompts, **sizes)
+    asked = dict(groups=places(fit), slots=fit, **sizes)
+    both = {name: max(n, before.get(name, 0)) for name, n in asked.items()}
+    if cache_bytes(*size, **both) > max(cache_bytes(*size, **asked), room / 2):
+        both = asked
+    blocks = Blocks(model, block=block, wanted=max(slots, both["slots"]), **both)
+    if keep:
+        decode.keep(model, blocks)
+    return blocks
 
 
 class Prefill(Packed):
@@ -195,31 +201,6 @@ class Decode:
         return x if self.is_grid else x.index_select(0, self.back)
 
 
-class FlashDecode(Decode):
-    """The same plan for a GPU: a row of a table says where a slot's prompt and own keys lie and how many they are; one kernel reads the cache as it is."""
-
-    def __init__(self, cache: Cache, slots: int, device, dtype):
-        self.cache, self.K, slot = cache, cache.own_k.shape[2], torch.arange(slots, device=device)
-        # (slots, 6) as flash.Tiles.queries; where a prompt lies follows its group, how long it is (`mask`, for moves) follows the slot
-        self.table, self.mask = (torch.zeros(*shape, dtype=torch.long, device=device) for shape in ((slots, 6), (slots,)))
-        self.table[:, 0], self.table[:, 1], self.table[:, 5] = slot, 1, slot * self.K * cache.C
-
-    def compose(self, groups: list[int]):
-        self.table[: len(groups), 3] = torch.tensor(groups, device=self.mask.device) * self.K * self.cache.P
-
-    def enter(self, slots, prompt_lengths):
-        self.mask[slots] = prompt_lengths
-
-    def advance(self, own, longest: int):
-        self.c, self.own, live = longest + 1, own, self.table[: len(own)]
-        live[:, 2], live[:, 4] = own, self.mask[: len(own)]
-
-    def attend(self, layer, q, k, v):
-        prompt_k, prompt_v, own_k, own_v = (t[layer] for t in (self.cache.prompt_k, self.cache.prompt_v, self.cache.own_k, self.cache.own_v))
-        rope.store_keys(k, v, own_k, own_v, self.own)
-        return flash.flash_decode(q, prompt_k, prompt_v, own_k, own_v, self.table[: len(q)])
-
-
 class Progress:
     """A line that moves while rows finish, when standard error is a terminal; nothing otherwise."""
 
@@ -240,20 +221,23 @@ class Progress:
 
 
 def generate(model, prompts, *, group_size, max_new_tokens, stop_ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, slots=None,
-             seed=0, step=0, prompt_numbers=None, entropy=False, on_group=None, label="sampling") -> Rollout:
+             seed=0, step=0, prompt_numbers=None, entropy=False, on_group=None, label="sampling", cuda_graphs=True, block=None) -> Rollout:
     """Draws group_size completions of each prompt.
 
     prompts: B non-empty lists of ids. max_new_tokens: the longest completion, tokens; a prompt near the end of the model's context gets
     what is left. stop_ids: any of them ends a row and stays in it. temperature 0 is greedy. slots: rows decoded at once
     (default: all, at most 256). seed, step, prompt_numbers (default 0..B-1): the keys of the draws. entropy: note that of every
     distribution drawn from, too. on_group(b, ids): called when the last row of prompt b is finished. label: of the progress bar.
+    block: steps between looks of the host at what was drawn; 0: the plan for a CPU, which looks after every step (default: 8 where Triton runs,
+    else 0). cuda_graphs: with blocks, record their step on a GPU, and leave buffers and graphs with the model for the next call (decode.py).
 
     Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
     """
     numbers = list(range(len(prompts)) if prompt_numbers is None else prompt_numbers)
-    check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers)
+    check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers, block)
     limits = [min(max_new_tokens, model.shape.context - len(p)) for p in prompts for _ in range(group_size)]
-    sampler = Sampler(model, prompts, group_size, limits, stop_ids, (temperature, top_k, top_p, min_p), slots, (seed, step, numbers), label, entropy, on_group)
+    sampler = Sampler(model, prompts, group_size, limits, stop_ids, (temperature, top_k, top_p, min_p), slots, (seed, step, numbers), label, entropy, on_group,
+                      cuda_graphs, block)
     return sampler.run()
 
 
@@ -263,30 +247,39 @@ class Sampler:
     limits: N, the longest completion of each row; policy: temperature, top_k, top_p, min_p; key: seed, step and the prompts' numbers.
     """
 
-    def __init__(self, model, prompts, group_size, limits, stop_ids, policy, slots, key, label, entropy=False, on_group=None):
+    def __init__(self, model, prompts, group_size, limits, stop_ids, policy, slots, key, label, entropy=False, on_group=None, cuda_graphs=True, block=None):
         B, G, dev = len(prompts), group_size, model.device
         self.model, self.prompts, self.G, self.limits, self.stop_ids = model, prompts, G, limits, set(stop_ids)
         self.temperature, self.top_k, self.top_p, self.min_p = policy
         # the last token of a row is never read back, so a slot holds one key fewer than the row may have tokens
         sizes = dict(prompt_tokens=max(map(len, prompts)), new_tokens=max(1, max(limits) - 1))
-        # a fifth of the free memory is left to the activations, and to what else grows in the process
-        self.slots = plan_slots(model.shape, model.embed.itemsize, 0.8 * free_bytes(dev), slots=min(slots or 256, B * G), group_size=G, prompts=B, **sizes)
+        self.block = (decode.BLOCK if flash.on_triton(model.embed) else 0) if block is None else block
+        slots = min(slots or 256, B * G)
+        if self.block:
+            self.plan = static_blocks(model, self.block, cuda_graphs, slots=slots, group_size=G, prompts=B, **sizes)
+            self.slots, self.cache = min(slots, self.plan.slots), self.plan.cache
+            self.plan.begin(slots=self.slots, stop_ids=stop_ids, graphs=cuda_graphs)
+        else:
+            self.slots = plan_slots(model.shape, model.embed.itemsize, usable_bytes(dev), slots=slots, group_size=G, prompts=B, **sizes)
+            self.cache = Cache(model, groups=group_places(self.slots, G, B), slots=self.slots, **sizes)
+            self.plan = Decode(self.cache, self.slots, dev, model.dtype)
+            # of each slot: its row, the token to feed, how many own tokens are in the cache, its prompt's length
+            self.row, self.token, self.own, self.prompt_length = (torch.zeros(self.slots, dtype=torch.long, device=dev) for _ in range(4))
+        self.state = self.plan.state if self.block else (self.row, self.token, self.own, self.prompt_length, self.plan.mask)
         self.places = group_places(self.slots, G, B)
-        self.cache = Cache(model, groups=self.places, slots=self.slots, **sizes)
-        self.plan = (FlashDecode if flash.on_triton(model.embed) else Decode)(self.cache, self.slots, dev, model.dtype)
+        self.flying = None  # the block that runs: its number, steps and rows
         # every key of the batch at once: ten rounds of integer arithmetic a token would be a third of a small model's step
         seed, step, numbers = key
         self.keys = sampling.token_keys(seed, step, torch.tensor(numbers)[:, None, None], torch.arange(G)[None, :, None],
                                torch.arange(max(limits) if self.temperature else 0)).view(B * G, -1).to(dev)
         self.ids, self.logprobs, self.entropies, self.stopped = *([[] for _ in range(B * G)] for _ in range(3)), [False] * (B * G)
+        self.ended = [False] * (B * G)
         self.wants_entropy, self.on_group = entropy, on_group
         self.queue = deque(range(B))  # prompts not prefilled yet
         self.waiting = deque()  # rows that have their first token and no slot
         self.live: list[int] = []  # the row in slot 0, 1, ..
         self.placed: list[int] = []  # the prompt in place 0, 1, .. of the cache
         self.left = [G] * B  # rows of each prompt that are not finished
-        # of each slot: its row, the token to feed, how many own tokens are in the cache, its prompt's length
-        self.row, self.token, self.own, self.prompt_length = (torch.zeros(self.slots, dtype=torch.long, device=dev) for _ in range(4))
         self.slot_steps = self.done = self.drawn = 0
         self.progress, self.start = Progress(B * G, label), time.perf_counter()
 
@@ -297,7 +290,7 @@ class Sampler:
             self.head = head or partial(logits_fp32, weight=self.model.head)
             self.seat([])
             while self.live:
-                self.seat(self.decode())
+                self.seat(self.decode_block() if self.block else self.decode())
         self.progress.close()
         stats = dict(seconds=time.perf_counter() - self.start, tokens=self.drawn, slot_steps=self.slot_steps, useful_slot_steps=self.drawn - len(self.ids),
                      slots=self.slots, cache_bytes=self.cache.bytes())
@@ -310,19 +303,37 @@ class Sampler:
         self.plan.advance(own, max([len(self.ids[row]) for row in self.live]) - 1)  # a row has drawn one token more than it has keys
         hidden = self.model(self.token[:n], self.prompt_length[:n] + own, self.plan)
         own += 1
-        token, logp, entropies = self.choose(hidden, rows, own)
+        token, logp, entropies = self.choose(hidden, self.keys[rows, own] if self.temperature else None)
         self.token[:n] = token
         self.slot_steps += self.slots if self.queue or self.waiting else n  # an empty slot is waste while somebody waits for it
-        return self.record(self.live, token, logp, entropies)
+        return self.record(self.live, *lists(token, logp, entropies))
 
-    def choose(self, hidden, rows, t, times=1):
-        """Draws token number t of each row from its hidden state -> ids (n,), log-probabilities (n,), entropies (n,) or None.
+    def decode_block(self) -> list[int]:
+        """Launches up to `block` steps of every live row, then records what the block before drew. Returns the slots whose rows are finished."""
+        before, (number, steps, rows) = self.flying, self.flying or (0, 0, [])
+        coming = {row: steps for row in rows}
+        left = max(self.limits[row] - len(self.ids[row]) - coming.get(row, 0) for row in self.live)
+        self.flying = None
+        if left > 0:  # else all rows are through once that block is
+            ahead = min(self.block, left)
+            size = self.plan.launch(self.model, len(self.live), ahead, self.choose, (self.temperature, self.top_k, self.top_p, self.min_p, self.wants_entropy))
+            self.slot_steps += ahead * (max(size, self.slots) if self.queue or self.waiting else size)
+            self.flying = self.plan.launched, ahead, list(self.live)
+        for tokens, logps, entropies in zip(*self.plan.read(number, steps, len(rows))) if before else ():
+            on = [i for i, row in enumerate(rows) if not self.ended[row]]  # what a finished row went on to draw is nothing
+            self.record([rows[i] for i in on], *([x[i] for i in on] for x in (tokens, logps, entropies)))
+        # own keys of any row at most, for moves
+        self.plan.c = min(self.cache.C, max(len(self.ids[row]) for row in self.live) + (self.flying[1] if self.flying else 0))
+        return [slot for slot, row in enumerate(self.live) if self.ended[row]]
 
-        rows, t (n,); hidden (n / times, D): the first tokens of a group are `times` draws from the same logits.
+    def choose(self, hidden, key, times=1):
+        """Draws a token of each row from its hidden state and its key (n,) -> ids (n,), log-probabilities (n,), entropies (n,) or None.
+
+        hidden (n / times, D): the first tokens of a group are `times` draws from the same logits. key: not read at temperature 0.
         """
-        logits = self.head(hidden)
+        logits, key = self.head(hidden), key if self.temperature else None
         if sampling.on_triton(logits):  # all that follows in one launch
-            return sampling.sample(logits, self.keys[rows, t] if self.temperature else None, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, times=times)
+            return sampling.sample(logits, key, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, times=times)
         if self.temperature not in (0, 1):
             logits.div_(self.temperature)
         if self.temperature and (self.top_k or self.top_p < 1 or self.min_p):
@@ -330,13 +341,12 @@ class Sampler:
         if times > 1:
             logits = logits.repeat_interleave(times, 0)
         entropies = sampling.entropy(logits) if self.wants_entropy else None  # a pass over the logits, which few objectives need
-        return *(sampling.draw(logits, self.keys[rows, t]) if self.temperature else sampling.greedy(logits)), entropies
+        return *(sampling.draw(logits, key) if self.temperature else sampling.greedy(logits)), entropies
 
-    def record(self, rows: list[int], token, logp, entropies) -> list[int]:
+    def record(self, rows: list[int], tokens: list[int], logps: list[float], entropies: list[float] | None) -> list[int]:
         """Notes what each row drew. Returns the indices of the rows for which that was the last, and closes their accounts."""
-        tokens, logps = token.tolist(), logp.tolist()
         if self.wants_entropy:
-            for row, h in zip(rows, entropies.tolist()):
+            for row, h in zip(rows, entropies):
                 self.entropies[row].append(h)
         if not math.isfinite(sum(logps)):
             raise FloatingPointError("the model's logits are not finite: its weights are broken (a learning rate too high, or a damaged checkpoint)")
@@ -346,7 +356,7 @@ class Sampler:
             ids.append(tokens[i])
             self.logprobs[row].append(logps[i])
             if tokens[i] in self.stop_ids or len(ids) == self.limits[row]:
-                self.stopped[row] = tokens[i] in self.stop_ids
+                self.stopped[row], self.ended[row] = tokens[i] in self.stop_ids, True
                 ended.append(i)
         for i in ended:
             self.leave(rows[i] // self.G)
@@ -385,9 +395,12 @@ class Sampler:
         for slot, row in zip(slots, rows):
             self.live[slot : slot + 1] = [row]  # a new slot is always the next one
         prompts = [len(self.prompts[row // self.G]) for row in rows]
-        slot, row, token, length = torch.tensor([slots, rows, [self.ids[row][0] for row in rows], prompts], device=self.row.device)
-        self.row[slot], self.token[slot], self.own[slot], self.prompt_length[slot] = row, token, 0, length
-        self.plan.enter(slot, length)
+        slot, row, token, length, limit = upload([slots, rows, [self.ids[row][0] for row in rows], prompts, [self.limits[row] for row in rows]], self.keys.device)
+        if self.block:
+            self.plan.enter(slot, token, length, limit, self.keys[row])
+        else:
+            self.row[slot], self.token[slot], self.own[slot], self.prompt_length[slot] = row, token, 0, length
+            self.plan.enter(slot, length)
 
     def close_up(self, empty: list[int]):
         """The last live rows move into empty slots, so that live rows are slots 0..n-1 again."""
@@ -396,9 +409,9 @@ class Sampler:
         if holes:
             for hole, mover in zip(holes, movers):
                 self.live[hole] = self.live[mover]
-            source, target = torch.tensor([movers, holes], device=self.row.device)
+            source, target = upload([movers, holes], self.keys.device)
             self.cache.move_rows(source, target, self.plan.c)
-            for x in (self.row, self.token, self.own, self.prompt_length, self.plan.mask):
+            for x in self.state:
                 x[target] = x[source]
         del self.live[n:]
 
@@ -413,12 +426,16 @@ class Sampler:
         plan = Prefill(self.model, [self.prompts[b] for b in batch], self.cache, list(range(first, len(self.placed))))
         hidden = self.model(plan.ids, plan.positions, plan)[plan.last]  # (groups, D)
         rows = [row for b in batch for row in range(b * self.G, (b + 1) * self.G)]
-        row = torch.tensor(rows, device=hidden.device)
-        ended = set(self.record(rows, *self.choose(hidden, row, torch.zeros_like(row), times=self.G)))
+        key = self.keys[upload(rows, hidden.device), 0] if self.temperature else None
+        ended = set(self.record(rows, *lists(*self.choose(hidden, key, times=self.G))))
         self.waiting.extend(row for i, row in enumerate(rows) if i not in ended)
 
 
-def check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers):
+def lists(*tensors) -> list:
+    return [t if t is None else t.tolist() for t in tensors]
+
+
+def check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers, block=None):
     """Raises ValueError, in one sentence, for what `generate` cannot do."""
     if not prompts:
         raise ValueError("there is no prompt to sample from")
@@ -433,6 +450,6 @@ def check_options(model, prompts, group_size, max_new_tokens, temperature, top_k
             raise ValueError(f"prompt {b} has {len(prompt)} tokens and the model's context is {model.shape.context}: nothing could be sampled after it")
     for name, value, good in (("group_size", group_size, group_size >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
                               ("temperature", temperature, temperature >= 0), ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1),
-                              ("min_p", min_p, 0 <= min_p <= 1), ("slots", slots, slots is None or slots >= 1)):
+                              ("min_p", min_p, 0 <= min_p <= 1), ("slots", slots, slots is None or slots >= 1), ("block", block, block is None or block >= 0)):
         if not good:
             raise ValueError(f"{name}={value} makes no sense: see the comment of its key in config.py")

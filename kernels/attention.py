@@ -38,6 +38,18 @@ def attention_ref(q, k, v, segments: list[Segment]):
     return out
 
 
+def decode_ref(q, prompt_k, prompt_v, own_k, own_v, table):
+    """One query a row, keys in the cache: the definition of flash_decode in kernels/flash_attention.py, arguments and result as there."""
+    (n, H, E), (_, K, P, _), C = q.shape, prompt_k.shape, own_k.shape[2]
+    _, _, first, p_start, p_length, o_start = table.t()
+    keys, values = (torch.cat([p[p_start // (K * P)], o[o_start // (K * C)]], 2) for p, o in ((prompt_k, own_k), (prompt_v, own_v)))  # (n, K, P + C, E)
+    j = torch.arange(P + C, device=q.device)
+    hidden = torch.where(j < P, j >= p_length[:, None], j - P > first[:, None])[:, None, None]  # (n, 1, 1, P + C)
+    scores = (q.view(n, K, H // K, E) @ keys.transpose(2, 3) / math.sqrt(E)).masked_fill(hidden, float("-inf"))
+    # what the cache holds where nothing was written may be anything, and 0 times a NaN is NaN
+    return (scores.softmax(-1) @ values.masked_fill(hidden.transpose(2, 3), 0.0)).reshape(n, H, E)
+
+
 class Buckets:
     """Where the rows of each bucket are in the stream; built once a stream, used by every layer.
 
