@@ -51,6 +51,7 @@ class Config:
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
     slots: int | None = None  # rows decoded at once; None: all, at most 256
+    cuda_graphs: bool = True  # on a GPU: the decoding step is recorded once and replayed
     # -- dynamic sampling (DAPO): groups whose rewards are all equal teach nothing
     resample_zero_groups: bool = False  # replace them by new prompts
     resample_budget: int = 0  # extra prompts a step at most, over all ranks; 0: prompts_per_step

@@ -36,14 +36,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def evaluate(model, tokenizer, rows, functions, *, stop_ids, max_new_tokens, system="", prefill="", samples=1, temperature=1.0, slots=None,
-             seed=0, reward_messages=False, timeout=None):
+             cuda_graphs=True, seed=0, reward_messages=False, timeout=None):
     """Metrics (a dict: eval/strict, eval/lenient, ..) and, for each problem, its first completion, on rows of a task.
 
     functions: rewards.resolve's list; every reward's mean is reported, whatever its weight. One sample is drawn greedily, several at
     `temperature`, and then strict and lenient are means over samples (pass@1) and eval/pass@j is there for j = 1, 2, 4, .. samples.
     """
     prompts = [data.prompt_ids(tokenizer, row["prompt"], system=system, prefill=prefill) for row in rows]
-    out = rollout.generate(model, prompts, group_size=samples, max_new_tokens=max_new_tokens, stop_ids=stop_ids, slots=slots, seed=seed,
+    out = rollout.generate(model, prompts, group_size=samples, max_new_tokens=max_new_tokens, stop_ids=stop_ids, slots=slots, cuda_graphs=cuda_graphs, seed=seed,
                            temperature=0.0 if samples == 1 else temperature, label="evaluating")
     texts = [prefill + text for text in tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
     label = functions[0][0]
@@ -80,7 +80,7 @@ def first_batch(model, tokenizer, task, functions, cfg, stop_ids) -> str:
     B, G, rows = cfg.prompts_per_step, cfg.group_size, task.batch(0, cfg.prompts_per_step, cfg.seed)
     prompts = [data.prompt_ids(tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill) for row in rows]
     out = rollout.generate(model, prompts, group_size=G, max_new_tokens=cfg.max_new_tokens, stop_ids=stop_ids, temperature=cfg.temperature, top_k=cfg.top_k,
-                           top_p=cfg.top_p, min_p=cfg.min_p, slots=cfg.slots, seed=cfg.seed, step=1)
+                           top_p=cfg.top_p, min_p=cfg.min_p, slots=cfg.slots, seed=cfg.seed, step=1, cuda_graphs=cfg.cuda_graphs)
     texts = [cfg.prefill + text for text in tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
     _, reward = rewarding.score(functions, texts, [row["prompt"] for row in rows for _ in range(G)], data.columns(rows, G), group_size=G, completion_ids=out.ids,
                                 max_new_tokens=cfg.max_new_tokens, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
@@ -121,7 +121,7 @@ def refuse_hopeless(rewards, stopped, max_new_tokens: int):
 def options(cfg) -> dict:
     """The keyword arguments of `evaluate` that a Config gives."""
     return dict(max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, system=cfg.system_prompt, prefill=cfg.prefill, samples=cfg.eval_samples,
-                temperature=cfg.eval_temperature, slots=cfg.slots, seed=cfg.seed, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
+                temperature=cfg.eval_temperature, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs, seed=cfg.seed, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
 
 
 def runs_code(functions) -> bool:

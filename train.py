@@ -77,7 +77,7 @@ def sample_and_score(run, rows, numbers, timer) -> Batch:
         run.model.eval()  # no LoRA dropout in the sampler
         out = rollout.generate(run.model, prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens, stop_ids=run.stop_ids,
                                temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p, slots=cfg.slots, seed=cfg.seed,
-                               step=run.step + 1, prompt_numbers=numbers, entropy=cfg.top_entropy < 1,
+                               step=run.step + 1, prompt_numbers=numbers, entropy=cfg.top_entropy < 1, cuda_graphs=cfg.cuda_graphs,
                                on_group=background and (lambda b, ids: background.calls.put((b, partial(score_rows, run, [rows[b]], list(ids))))))
     with timer("score"):
         scored = background.results() if background else [score_rows(run, rows, out.ids)]
