@@ -47,7 +47,7 @@ def capability(device) -> int:
 def tile(E: int, dtype, device) -> dict:
     """Tile sizes for a head width: BM rows and BN keys forward, dq_keys for dq, keys and rows for dkv, warps. Chosen by registers; not yet timed."""
     if dtype == torch.float32:  # no tensor cores: for exactness
-        return dict(BM=32, BN=32, dq_keys=32, keys=32, rows=32, warps=4)
+        return dict(BM=32, BN=32, dq_keys=32, keys=32, rows=16, warps=4)
     if capability(device) >= 90:  # wgmma reads its factors from shared memory; before it they take registers
         return dict(BM=128, BN=64, dq_keys=64, keys=64, rows=64 if E <= 64 else 32, warps=8)
     return dict(BM=64, BN=32, dq_keys=32, keys=32, rows=32, warps=4)
