@@ -35,6 +35,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def score_completions(tokenizer, rows, ids, functions, *, prefill, max_new_tokens, reward_messages, timeout):
+    """Texts, reward parts (n, R) and rewards (n,), NaN for None, of n completions `ids`, as many of each row; functions: rewards.resolve's list."""
+    G = len(ids) // len(rows)
+    texts = [prefill + text for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return texts, *rewarding.score(functions, texts, [row["prompt"] for row in rows for _ in range(G)], data.columns(rows, G), group_size=G, completion_ids=ids,
+                                   max_new_tokens=max_new_tokens, reward_messages=reward_messages, timeout=timeout)
+
+
 def evaluate(model, tokenizer, rows, functions, *, stop_ids, max_new_tokens, system="", prefill="", samples=1, temperature=1.0, slots=None,
              cuda_graphs=True, seed=0, reward_messages=False, timeout=None):
     """Metrics (a dict: eval/strict, eval/lenient, ..) and, for each problem, its first completion, on rows of a task.
@@ -45,12 +53,9 @@ def evaluate(model, tokenizer, rows, functions, *, stop_ids, max_new_tokens, sys
     prompts = [data.prompt_ids(tokenizer, row["prompt"], system=system, prefill=prefill) for row in rows]
     out = rollout.generate(model, prompts, group_size=samples, max_new_tokens=max_new_tokens, stop_ids=stop_ids, slots=slots, cuda_graphs=cuda_graphs, seed=seed,
                            temperature=0.0 if samples == 1 else temperature, label="evaluating")
-    texts = [prefill + text for text in tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
-    label = functions[0][0]
-    twin = rewarding.LENIENT.get(label)  # where there is none lenient is strict: nobody runs programs, or asks a judge, twice
+    twin = rewarding.LENIENT.get(functions[0][0])  # where there is none lenient is strict: nobody runs programs, or asks a judge, twice
     graded = [*functions, ("lenient", twin, 0.0)] if twin else functions
-    parts, _ = rewarding.score(graded, texts, [row["prompt"] for row in rows for _ in range(samples)], data.columns(rows, samples),
-                               group_size=samples, completion_ids=out.ids, max_new_tokens=max_new_tokens, reward_messages=reward_messages, timeout=timeout)
+    texts, parts, _ = score_completions(tokenizer, rows, out.ids, graded, prefill=prefill, max_new_tokens=max_new_tokens, reward_messages=reward_messages, timeout=timeout)
     right, lenient = parts[:, 0] >= 1.0, parts[:, -1 if twin else 0] >= 1.0
     N, lengths = len(rows), [len(ids) for ids in out.ids]
     low, high = wilson(right.mean() * N, N)  # samples of one problem are not independent: the interval is that of N problems
@@ -79,15 +84,14 @@ def first_batch(model, tokenizer, task, functions, cfg, stop_ids) -> str:
     """What training would meet in its first batch: truncation, answers that can't be found, spread of rewards, groups with signal, three rollouts."""
     B, G, rows = cfg.prompts_per_step, cfg.group_size, task.batch(0, cfg.prompts_per_step, cfg.seed)
     prompts = [data.prompt_ids(tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill) for row in rows]
-    out = rollout.generate(model, prompts, group_size=G, max_new_tokens=cfg.max_new_tokens, stop_ids=stop_ids, temperature=cfg.temperature, top_k=cfg.top_k,
-                           top_p=cfg.top_p, min_p=cfg.min_p, slots=cfg.slots, seed=cfg.seed, step=1, cuda_graphs=cfg.cuda_graphs)
-    texts = [cfg.prefill + text for text in tokenizer.batch_decode(out.ids, skip_special_tokens=True)]
-    _, reward = rewarding.score(functions, texts, [row["prompt"] for row in rows for _ in range(G)], data.columns(rows, G), group_size=G, completion_ids=out.ids,
-                                max_new_tokens=cfg.max_new_tokens, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
+    out = rollout.generate(model, prompts, group_size=G, max_new_tokens=cfg.max_new_tokens, stop_ids=stop_ids, **sampled_from(cfg), slots=cfg.slots,
+                           seed=cfg.seed, step=1, cuda_graphs=cfg.cuda_graphs)
+    texts, _, reward = score_completions(tokenizer, rows, out.ids, functions, prefill=cfg.prefill, max_new_tokens=cfg.max_new_tokens,
+                                         reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
     reward, finds = torch.from_numpy(reward).view(B, G), rewarding.FINDS.get(functions[0][0])
     spread = [float(row[~row.isnan()].std(correction=0)) if (~row.isnan()).any() else 0.0 for row in reward]
     lines = [f"a first training batch, {B} prompts x {G} at temperature {cfg.temperature:g}: mean reward {reward.nanmean():.3f}, spread within groups {sum(spread) / B:.3f}, "
-             f"{sum(s > 0 for s in spread) / B:.0%} of the groups with any signal, {1 - sum(out.stopped) / (B * G):.0%} cut at {cfg.max_new_tokens} tokens"]
+             f"{1 - len(flat_groups(reward)) / B:.0%} of the groups with any signal, {1 - sum(out.stopped) / (B * G):.0%} cut at {cfg.max_new_tokens} tokens"]
     if finds:
         lines[0] += f", no answer found in {sum(finds(text) in (None, '') for text in texts) / (B * G):.0%}"
     if unscored := int(reward.isnan().sum()):
@@ -101,21 +105,31 @@ def first_batch(model, tokenizer, task, functions, cfg, stop_ids) -> str:
     return "\n".join(lines)
 
 
+def flat_groups(rewards) -> list[int]:
+    """Groups of rewards (B, G) that teach nothing: all equal, or none scored. By their spread, not their mean: rewards need not be 0 and 1."""
+    groups = [[r for r in group if r == r] for group in rewards.tolist()]
+    return [b for b, group in enumerate(groups) if not group or max(group) == min(group)]
+
+
 def refuse_hopeless(rewards, stopped, max_new_tokens: int):
     """ValueError, with the knob to turn, where nothing can be learnt from a batch: rewards (B, G), NaN for None; stopped, N bools."""
-    groups = [[r for r in group if r == r] for group in rewards.tolist()]
-    known = [r for group in groups for r in group]
+    (B, G), known = rewards.shape, rewards[~rewards.isnan()].tolist()
     go_on = "or go on with --force=True"
     if not any(stopped):
         raise ValueError(f"every completion of the first batch was cut at {max_new_tokens} tokens: raise max_new_tokens, ask for shorter answers in system_prompt, {go_on}")
     if not known:
         raise ValueError(f"the rewards could not score one completion of the first batch (all None): look at the rows' columns with python eval.py, {go_on}")
-    if all(not group or max(group) == min(group) for group in groups):
+    if len(flat_groups(rewards)) == B:
         cut = 1 - sum(stopped) / len(stopped)
         knob = ("take harder problems" if max(known) == min(known) > 0 else "raise max_new_tokens" if cut > 0.5 else
                 "take easier problems or a larger group_size, say in system_prompt what the reward wants, add a reward for part of the way, or warm up with sft_steps")
-        raise ValueError(f"in the first batch all {len(groups[0])} rewards of each of {len(groups)} groups are equal (from {min(known):g} to {max(known):g}; {cut:.0%} of the "
+        raise ValueError(f"in the first batch all {G} rewards of each of {B} groups are equal (from {min(known):g} to {max(known):g}; {cut:.0%} of the "
                          f"completions cut), so every advantage is 0: {knob}, {go_on}")
+
+
+def sampled_from(cfg) -> dict:
+    """What a Config says of the distribution that training samples from, and scores on."""
+    return dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p)
 
 
 def options(cfg) -> dict:

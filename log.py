@@ -75,8 +75,7 @@ def reward_metrics(run, everyone, rewards) -> dict:
     """rewards (B, G) of all ranks, NaN for None. reward_failures: completions that a reward with a weight could not score, also where others could."""
     groups = [row[~row.isnan()] for row in rewards]
     spread = [float(g.std()) if len(g) > 1 else 0.0 for g in groups]
-    flat = [len(g) == 0 or bool(g.max() == g.min()) for g in groups]
-    metrics = {"reward": float(rewards.nanmean()), "reward_std": sum(spread) / len(spread), "frac_reward_zero_std": sum(flat) / len(flat)}
+    metrics = {"reward": float(rewards.nanmean()), "reward_std": sum(spread) / len(spread), "frac_reward_zero_std": len(evaluation.flat_groups(rewards)) / len(rewards)}
     parts = np.concatenate([p for p, _, _, _ in everyone])
     metrics["reward_failures"] = int(np.isnan(parts[:, [weight != 0 for _, _, weight in run.rewards]]).any(1).sum())
     for i, (label, _, _) in enumerate(run.rewards):

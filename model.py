@@ -29,7 +29,7 @@ from kernels import flash_attention as flash
 from kernels.attention import Buckets, attention
 from kernels import linear_logprob as scoring
 from kernels.exact_kl import exact_kl
-from kernels.logprob import any_truncation, logits_fp32, logprob, truncate_
+from kernels.logprob import logits_fp32, logprob, truncate_
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rotate
 from kernels.swiglu import swiglu
@@ -213,6 +213,9 @@ class Block(nn.Module):
         return x + self.down(swiglu(self.gate_up(normed)))
 
 
+WHOLE = dict(top_k=0, top_p=1.0, min_p=0.0)  # no truncation: the whole vocabulary
+
+
 class Transformer(nn.Module):
     # training keeps the input of each layer alone and makes the rest again in the backward: a forward more of time for 1/L of the memory
     checkpointing = False
@@ -272,8 +275,7 @@ class Transformer(nn.Module):
         all groups) each token belongs to. Gradients flow. A prompt is computed once. truncation: top_k, top_p, min_p.
         """
         hidden, packed = self.completion_hidden(prompts, completions)
-        whole = dict(top_k=0, top_p=1.0, min_p=0.0) | truncation == dict(top_k=0, top_p=1.0, min_p=0.0)
-        if scoring.on_triton(hidden) and whole and not torch.is_grad_enabled():  # nothing learns: no logits at all
+        if scoring.on_triton(hidden) and WHOLE | truncation == WHOLE and not torch.is_grad_enabled():  # nothing learns: no logits at all
             return *scoring.linear_logprob(hidden, self.head, packed.targets, temperature=temperature), packed.rows
         logp, entropy = logprob(hidden, self.head, packed.targets, temperature=temperature, **truncation)
         return logp, entropy, packed.rows
@@ -290,8 +292,7 @@ class Transformer(nn.Module):
             return *self.completion_logprobs(prompts, completions, temperature=temperature, **truncation), None
         hidden, packed = self.completion_hidden(prompts, completions)
         logp, entropy = logprob(hidden, self.head, packed.targets, temperature=temperature, **truncation)
-        truncation = dict(top_k=0, top_p=1.0, min_p=0.0) | truncation
-        truncate = partial(truncate_rows, targets=packed.targets, **truncation) if any_truncation(tuple(truncation.values())) else None
+        truncate = None if WHOLE | truncation == WHOLE else partial(truncate_rows, targets=packed.targets, **truncation)
         return logp, entropy, packed.rows, exact_kl(hidden, self.head, *reference, temperature=temperature, truncate=truncate)
 
 

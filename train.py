@@ -76,8 +76,7 @@ def sample_and_score(run, rows, numbers, timer) -> Batch:
     with timer("sample"):
         run.model.eval()  # no LoRA dropout in the sampler
         out = rollout.generate(run.model, prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens, stop_ids=run.stop_ids,
-                               temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p, slots=cfg.slots, seed=cfg.seed,
-                               step=run.step + 1, prompt_numbers=numbers, entropy=cfg.top_entropy < 1, cuda_graphs=cfg.cuda_graphs,
+                               **evaluation.sampled_from(cfg), slots=cfg.slots, seed=cfg.seed, step=run.step + 1, prompt_numbers=numbers, entropy=cfg.top_entropy < 1, cuda_graphs=cfg.cuda_graphs,
                                on_group=background and (lambda b, ids: background.calls.put((b, partial(score_rows, run, [rows[b]], list(ids))))))
     with timer("score"):
         scored = background.results() if background else [score_rows(run, rows, out.ids)]
@@ -88,16 +87,8 @@ def sample_and_score(run, rows, numbers, timer) -> Batch:
 def score_rows(run, rows, ids):
     """Texts, reward parts (n, R) and rewards (n,), NaN for None, of completions `ids`, group_size of each of the rows."""
     cfg = run.cfg
-    texts = [cfg.prefill + text for text in run.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    prompts = [row["prompt"] for row in rows for _ in range(cfg.group_size)]
-    return texts, *rewarding.score(weighted(run), texts, prompts, data.columns(rows, cfg.group_size), group_size=cfg.group_size, completion_ids=ids,
-                                   max_new_tokens=cfg.max_new_tokens, reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
-
-
-def flat_groups(reward, G) -> list[int]:
-    """Groups of reward (n,) that teach nothing: all equal, or none scored. By their spread, not their mean: rewards need not be 0 and 1."""
-    groups = [[r for r in group if r == r] for group in reward.reshape(-1, G).tolist()]
-    return [b for b, group in enumerate(groups) if not group or max(group) == min(group)]
+    return evaluation.score_completions(run.tokenizer, rows, ids, weighted(run), prefill=cfg.prefill, max_new_tokens=cfg.max_new_tokens,
+                                        reward_messages=cfg.reward_messages, timeout=cfg.reward_timeout)
 
 
 def resample(run, batch, timer) -> tuple[int, int, int]:
@@ -109,11 +100,11 @@ def resample(run, batch, timer) -> tuple[int, int, int]:
     cfg, G = run.cfg, run.cfg.group_size
     budget, used, tokens, read = (cfg.resample_budget or cfg.prompts_per_step) // world(), 0, 0, 0
     extra = run.task.batch(run.step, budget * world(), cfg.seed + 7_919)[rank() :: world()]  # not the stream of the steps, nor that of the warm-up
-    while used < budget and (flat := flat_groups(batch.reward, G)):
+    while used < budget and (flat := evaluation.flat_groups(batch.reward.reshape(-1, G))):
         rows = extra[used : used + len(flat)]
         numbers = [cfg.prompts_per_step + rank() + world() * (used + i) for i in range(len(rows))]
         new = sample_and_score(run, rows, numbers, timer)
-        good = sorted(set(range(len(rows))) - set(flat_groups(new.reward, G)))
+        good = sorted(set(range(len(rows))) - set(evaluation.flat_groups(new.reward.reshape(-1, G))))
         for b, i in zip(flat, good):
             batch.replace_group(b, new, i, G)
         used, tokens, read = used + len(rows), tokens + new.out.stats["tokens"], read + G * sum(map(len, new.prompts))
@@ -159,8 +150,7 @@ def gradients(run, batch, chosen, adv, needed, norm, timer, *, trainer_logp=None
     adv, needed (n,): advantage of each row, and whether it is computed. trainer_logp: the trainer's log-probabilities by row from before the
     step's first update, where there are several. bar: the entropy (nats) from which on a token is in the policy term, or None.
     """
-    cfg, stats, entropies = run.cfg, {}, {}
-    options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p)
+    cfg, stats, entropies, options = run.cfg, {}, {}, evaluation.sampled_from(run.cfg)
     for numbers, scored in micro_batches(run, batch, chosen, needed):
         ref_logp = ref_hidden = None
         if cfg.beta:
@@ -209,7 +199,7 @@ def learn(run, batch, adv, timer, whole):
         all_entropies = torch.tensor([h for rank_h in gather([h for n, row in enumerate(batch.out.entropies) if kept[n] for h in row]) for h in rank_h])
         bar = all_entropies[losses.highest(all_entropies, cfg.top_entropy)].min() if len(all_entropies) else None
     if cfg.mismatch_clip and updates > 1:
-        trainer_logp = trainer_scores(run, batch, everybody, needed, timer)
+        trainer_logp = trainer_scores(run, batch, needed, timer)
     total, entropies, norms = {}, {}, []
     lr = optim.learning_rate(run.step, lr=cfg.lr, warmup_steps=cfg.warmup_steps, steps=cfg.steps, schedule=cfg.schedule)
     for update in range(updates):
@@ -238,13 +228,13 @@ def learn(run, batch, adv, timer, whole):
 
 
 @torch.no_grad()
-def trainer_scores(run, batch, chosen, needed, timer) -> dict:
+def trainer_scores(run, batch, needed, timer) -> dict:
     """The trainer's log-probabilities by row, as lists, before an update."""
-    cfg, found = run.cfg, {}
-    for numbers, scored in micro_batches(run, batch, chosen, needed):
+    found = {}
+    for numbers, scored in micro_batches(run, batch, range(len(batch.prompts)), needed):
         with timer("reference"):
             run.model.eval()
-            logp, _, _ = run.model.completion_logprobs(*scored, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p)
+            logp, _, _ = run.model.completion_logprobs(*scored, **evaluation.sampled_from(run.cfg))
         found |= zip(numbers, (row.tolist() for row in logp.split([len(batch.out.ids[n]) for n in numbers])))
     return found
 
@@ -265,7 +255,7 @@ def train_step(run, whole) -> dict:
         resampled, more, more_read = resample(run, batch, timer)
         tokens, read = tokens + more, read + more_read
     tokens, read, resampled = (sum(x) for x in zip(*gather((tokens, read, resampled))))
-    all_adv = step_advantages(run, gather((batch.parts, batch.reward)))
+    all_adv = step_advantages(run, gather((batch.parts, batch.reward)) if cfg.resample_zero_groups else drawn)
     adv = all_adv.chunk(world())[rank()].reshape(-1)
     metrics, entropies = learn(run, batch, adv.float(), timer, whole)
     run.num_tokens += tokens + read

@@ -12,7 +12,7 @@ Dims: M rows, D width, V vocabulary.
 """
 import torch
 
-CHUNK_BYTES = 1 << 26  # of one chunk's fp32 logits; two chunks are alive at once
+from kernels.logprob import chunks, logits_fp32
 
 
 def exact_kl_ref(hidden, weight, ref_hidden, ref_weight, *, temperature=1.0, kept=None):
@@ -39,7 +39,7 @@ class _ExactKL(torch.autograd.Function):
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, truncate):
         ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight)
         ctx.temperature, ctx.truncate = temperature, truncate
-        kl = [pieces(rows, hidden, weight, ref_hidden, ref_weight, temperature, truncate)[2] for rows in chunks(len(hidden), len(weight))]
+        kl = [pieces(rows, hidden, weight, ref_hidden, ref_weight, temperature, truncate)[2] for rows in chunks(len(hidden), len(weight), hidden.device)]
         return torch.cat(kl) if kl else hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
@@ -47,7 +47,7 @@ class _ExactKL(torch.autograd.Function):
         hidden, weight, ref_hidden, ref_weight = ctx.saved_tensors
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight.shape, dtype=dkl.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
-        for rows in chunks(len(hidden), len(weight)):
+        for rows in chunks(len(hidden), len(weight), hidden.device):
             p, difference, kl = pieces(rows, hidden, weight, ref_hidden, ref_weight, ctx.temperature, ctx.truncate)
             dz = p.mul_(difference.sub_(kl[:, None])).mul_(dkl[rows, None] / ctx.temperature)  # (m, V)
             if dhidden is not None:
@@ -57,14 +57,9 @@ class _ExactKL(torch.autograd.Function):
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
-def chunks(M, V):
-    size = max(1, CHUNK_BYTES // (4 * V))
-    return [slice(i, min(i + size, M)) for i in range(0, M, size)]
-
-
 def pieces(rows, hidden, weight, ref_hidden, ref_weight, temperature, truncate):
     """p (m, V), log p - log q (m, V) with 0 where p = 0, and their KL (m,), for a slice of rows."""
-    z, ref_z = (logits(h[rows], w).div_(temperature) for h, w in ((hidden, weight), (ref_hidden, ref_weight)))
+    z, ref_z = (logits_fp32(h[rows], w).div_(temperature) for h, w in ((hidden, weight), (ref_hidden, ref_weight)))
     if truncate is not None:
         gone = truncate(z, rows).isinf()
         ref_z.masked_fill_(gone, float("-inf"))
@@ -74,11 +69,3 @@ def pieces(rows, hidden, weight, ref_hidden, ref_weight, temperature, truncate):
     if truncate is not None:
         difference.masked_fill_(gone, 0.0)  # -inf - -inf
     return p, difference, (p * difference).sum(-1)
-
-
-def logits(hidden, weight):
-    """fp32 logits (m, V) whatever the dtype, as in kernels/logprob.py."""
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.to(dtype) @ weight.to(dtype).t()

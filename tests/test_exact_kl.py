@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kernels import exact_kl as module
+from kernels import logprob
 from kernels.exact_kl import exact_kl, exact_kl_ref
 from kernels.logprob import truncate_
 
@@ -16,7 +16,7 @@ def tensors(M=7, D=12, V=33, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("options", [dict(), dict(top_k=5), dict(top_p=0.6), dict(min_p=0.2)], ids=str)
 @pytest.mark.parametrize("chunk_bytes", [1 << 26, 400])
 def test_value_and_gradients_equal_the_definition(monkeypatch, options, chunk_bytes):
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)  # 400 bytes: 3 rows at a time
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", chunk_bytes)  # 400 bytes: 3 rows at a time
     h, w, rh, rw = tensors()
     truncate = (lambda z, rows: truncate_(z, **options)) if options else None
     kept = truncate_((h @ w.t() / 0.7).detach().clone(), **options) > float("-inf") if options else None

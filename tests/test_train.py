@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import config as configs
+import eval as evaluation
 import loss as losses
 import lora
 import model as models
@@ -320,7 +321,7 @@ def test_groups_without_signal_are_replaced_by_new_prompts_and_the_rest_stay(tmp
 def test_the_filter_looks_at_the_spread_and_not_at_the_mean():
     """A defect of others: groups whose mean is 0 or 1 were dropped, which with rewards of -1 and 1 drops those with the most signal."""
     reward = np.array([-1.0, 1.0, 0.5, 0.5, 0.0, 1.0, np.nan, np.nan, 2.0, np.nan])
-    assert train.flat_groups(reward, 2) == [1, 3, 4]
+    assert evaluation.flat_groups(reward.reshape(-1, 2)) == [1, 3, 4]
 
 
 def test_truncated_completions_leave_loss_and_divisor_when_they_are_masked(tmp_path):

@@ -27,6 +27,7 @@ import loss as losses
 import optim
 import rollout
 from kernels.attention import attention_ref
+from test_attention import table
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -268,19 +269,6 @@ def test_sampler_at_extreme_logits_and_what_is_not_finite():
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
-def table(groups):
-    """[(prompt length, [own lengths])] -> segments of a stream in which they stand one after another, and its length."""
-    segments, T = [], 0
-    for P, owns in groups:
-        start = T
-        segments.append((start, P, start, 0))
-        T += P
-        for C in owns:
-            segments.append((T, C, start, P))
-            T += C
-    return segments, T
-
-
 def check_attention(groups, H, K, E, dtype, scale=1.0):
     segments, T = table(groups)
     qk = randn(T, H + K, E, scale=scale, dtype=dtype)  # as in the model: q and k are parts of one tensor, v of another
