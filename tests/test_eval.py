@@ -1,5 +1,4 @@
 """Evaluation, warm-up and sample.py on a tiny model, and the closed forms of the intervals."""
-import math
 import subprocess
 import sys
 

@@ -21,7 +21,7 @@ import lora
 import model as models
 import rewards as rewarding
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT
 from sample import save_policy
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
