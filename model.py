@@ -286,14 +286,13 @@ class Transformer(nn.Module):
         # only where something is predicted: the head of a small model costs as much as its layers
         return self(packed.ids, packed.positions, packed).index_select(0, packed.sources), packed
 
-    def completion_scores(self, prompts, completions, reference, *, temperature=1.0, **truncation):
-        """(logp, entropy, rows) as completion_logprobs, and the exact KL (M,) to a reference: its (hidden (M, D), head (V, D)), or None for none."""
+    def scores(self, hidden, targets, reference, *, temperature=1.0, **truncation):
+        """logp, entropy (M,) of the targets (M,) after hidden (M, D), and the exact KL (M,) to a reference: its (hidden (M, D), head (V, D)), or None for none."""
+        logp, entropy = logprob(hidden, self.head, targets, temperature=temperature, **truncation)
         if reference is None:
-            return *self.completion_logprobs(prompts, completions, temperature=temperature, **truncation), None
-        hidden, packed = self.completion_hidden(prompts, completions)
-        logp, entropy = logprob(hidden, self.head, packed.targets, temperature=temperature, **truncation)
-        truncate = None if WHOLE | truncation == WHOLE else partial(truncate_rows, targets=packed.targets, **truncation)
-        return logp, entropy, packed.rows, exact_kl(hidden, self.head, *reference, temperature=temperature, truncate=truncate)
+            return logp, entropy, None
+        truncate = None if WHOLE | truncation == WHOLE else partial(truncate_rows, targets=targets, **truncation)
+        return logp, entropy, exact_kl(hidden, self.head, *reference, temperature=temperature, truncate=truncate)
 
 
 def truncate_rows(z, rows, *, targets, **truncation):

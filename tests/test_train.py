@@ -20,6 +20,7 @@ import loss as losses
 import lora
 import model as models
 import rewards as rewarding
+import rollout
 import train
 from conftest import ROOT
 from sample import save_policy
@@ -251,8 +252,8 @@ def test_a_bad_reward_ends_in_one_sentence_and_loses_nothing(tmp_path, capsys, r
 
 
 def test_a_sampler_that_is_not_the_trainer_stops_the_run(tmp_path, capsys, monkeypatch):
-    real = models.Transformer.completion_logprobs
-    monkeypatch.setattr(models.Transformer, "completion_logprobs", lambda self, *a, temperature=1.0, **k: real(self, *a, temperature=0.9, **k))
+    real = rollout.generate
+    monkeypatch.setattr(rollout, "generate", lambda *a, temperature, **k: real(*a, temperature=0.9 * temperature, **k))
     assert train.main(settings(tmp_path)) == 1
     assert "do not compute the same model" in capsys.readouterr().out
 
