@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import checkpoint
 import config as configs
 import eval as evaluation
+import kernels.logprob
 import loss as losses
 import lora
 import model as models
@@ -23,6 +24,7 @@ import rewards as rewarding
 import rollout
 import train
 from conftest import ROOT
+from kernels.logprob import logprob_ref
 from sample import save_policy
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -185,6 +187,21 @@ def test_gradient_does_not_depend_on_micro_batches(tmp_path, keys):
     for micro_tokens in (30, 77, 200):
         for a, b in zip(whole, one_step_gradients(tmp_path, micro_tokens=micro_tokens, **keys), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max() + 1e-9))
+
+
+@pytest.mark.parametrize("keys", [keys for keys in EVERYTHING if keys.get("objective") != "gspo" and keys.get("kl") != "full"], ids=str)
+def test_the_head_in_chunks_gives_the_gradient_of_the_whole_objective_at_once(tmp_path, monkeypatch, keys):
+    def whole(hidden, weight, targets, objective, **options):
+        logp, entropy = logprob_ref(hidden, weight, targets, **options)
+        loss, sums = objective(logp, entropy, slice(None))
+        return loss, logp, entropy, [sums]
+
+    monkeypatch.setattr(kernels.logprob, "CHUNK_BYTES", 4 * 20 * 7)  # rows of the batch are cut: 16 words and a few special ones
+    calls, chunked = [], one_step_gradients(tmp_path, micro_tokens=100000, **keys)
+    monkeypatch.setattr(train, "policy_head", lambda *a, **k: calls.append(len(a[0])) or whole(*a, **k))
+    for a, b in zip(one_step_gradients(tmp_path, micro_tokens=100000, **keys), chunked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max() + 1e-9))
+    assert calls and max(calls) > 14
 
 
 def test_checkpointing_changes_no_bit_of_a_run(tmp_path):
