@@ -53,8 +53,12 @@ class Rollout:
 
 
 def group_places(slots: int, group_size: int, prompts: int) -> int:
-    """How many prompts lie in the cache at once: twice the groups that fill the slots, since groups end raggedly, and one being filled."""
-    return min(prompts, (1 if group_size == 1 else 2) * -(-slots // group_size) + 1)
+    """How many prompts lie in the cache at once: three times the groups that fill the slots, and one being filled.
+
+    A group keeps its place until its last row ends. With twice the groups, 4 x 64 jobs of GSM8K's lengths in 64 slots left 8 to 12 % of the
+    slot-steps empty for want of a place; with three times none.
+    """
+    return min(prompts, (1 if group_size == 1 else 3) * -(-slots // group_size) + 1)
 
 
 def free_bytes(device) -> float:
