@@ -1,9 +1,10 @@
 """One GRPO step, phase by phase, against TRL's GRPOTrainer at the same shapes: seconds, ratios and peak memory.
 
-    python bench/step.py MODEL_FOLDER [--lora=16] [--beta=0.04] [--prompts=4 --group=8 --plen=64 --new=64] [--threads=1] [--steps=2]
+    python bench/step.py MODEL_FOLDER [--lora=16] [--beta=0.04] [--prompts=4 --group=8 --plen=64 --new=64] [--threads=1] [--steps=2] [--dtype=float32]
 
 Each side runs in a process of its own, so that its peak memory is its own, one after the other. Every completion has exactly --new tokens; one warm-up step is
-dropped and the median of the others counts. Both take a group's rows as a micro-batch (for TRL, pip install trl peft, the size its users take). fp32 weights.
+dropped and the median of the others counts. Both take a group's rows as a micro-batch (for TRL, pip install trl peft, the size its users take).
+--dtype: float32; bfloat16, the weights of both; autocast, TRL's fp32 weights under bf16 autocast and our bf16 weights with fp32 masters in the optimiser.
 The floor is what the multiplications of the step alone would take at the speed of a large fp32 matmul measured on the spot.
 """
 import argparse
@@ -44,15 +45,17 @@ def ours(a):
     import model as models
     import optim
     import rollout
+    from kernels.policy_head import policy_head
 
     from transformers import AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(a.model)(TEXT)["input_ids"]
-    model = models.load(a.model)
+    load = lambda: models.load(a.model, dtype=torch.float32 if a.dtype == "float32" else torch.bfloat16)
+    model = load()
     if a.lora:
         lora.apply(model, rank=a.lora, alpha=2 * a.lora, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
     optimizer, steps = optim.AdamW(list(model.named_parameters()), lr=1e-6), []
-    reference = models.load(a.model) if a.beta and not a.lora else model
+    reference = load() if a.beta and not a.lora else model
     for step in range(a.steps + 1):
         spent, prompts = {}, [words[i : i + a.plen] for i in range(4 * step, 4 * step + a.prompts)]
         marks = [time.perf_counter()]
@@ -65,10 +68,13 @@ def ours(a):
         marks.append(time.perf_counter())
         adv = losses.advantages(torch.arange(float(a.prompts * a.group)).sin().view(a.prompts, a.group))
         for b, (prompt, group) in enumerate(zip(prompts, groups)):
-            logp, entropy, rows = model.completion_logprobs([prompt], group)
+            hidden, packed = model.completion_hidden([prompt], group)
             old = torch.tensor([x for row in out.logprobs[b * a.group : (b + 1) * a.group] for x in row])
-            loss, _ = losses.policy_loss(logp, old, adv[b], rows, ref_logp=ref_logp[b], entropy=entropy, beta=a.beta, norm=a.prompts * a.group * a.new)
-            loss.backward()
+
+            def objective(logp, entropy, at):
+                return losses.policy_loss(logp, old[at], adv[b], packed.rows[at], ref_logp=ref_logp[b][at] if a.beta else None, entropy=entropy, beta=a.beta,
+                                          norm=a.prompts * a.group * a.new, lengths=torch.full((a.group,), a.new))
+            policy_head(hidden, model.head, packed.targets, objective)[0].backward()
         optimizer.step(1e-6, max_norm=1.0)
         optimizer.zero_grad()
         marks.append(time.perf_counter())
@@ -97,11 +103,11 @@ def trl(a):
             steps.append(dict(sample=spent["sample"], reference=spent["reference"], update=step - spent["sample"] - spent["reference"], step=step))
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(output_dir=folder, use_cpu=True, bf16=False, per_device_train_batch_size=a.group, gradient_accumulation_steps=a.prompts, num_generations=a.group,
+        config = GRPOConfig(output_dir=folder, use_cpu=True, bf16=a.dtype != "float32", per_device_train_batch_size=a.group, gradient_accumulation_steps=a.prompts, num_generations=a.group,
                             max_completion_length=a.new, beta=a.beta, max_steps=a.steps + 1, learning_rate=1e-6, gradient_checkpointing=False, report_to="none",
                             save_strategy="no", logging_strategy="no", disable_tqdm=True, generation_kwargs=dict(min_new_tokens=a.new))
         peft = LoraConfig(r=a.lora, lora_alpha=2 * a.lora, target_modules="all-linear", task_type="CAUSAL_LM") if a.lora else None
-        trainer = GRPOTrainer(AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32), args=config, processing_class=tokenizer, peft_config=peft, callbacks=[Record()],
+        trainer = GRPOTrainer(AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16 if a.dtype == "bfloat16" else torch.float32), args=config, processing_class=tokenizer, peft_config=peft, callbacks=[Record()],
                               reward_funcs=lambda completions, **_: [float(len(c)) for c in completions], train_dataset=Dataset.from_dict(dict(prompt=prompts)))
         for name, phase in (("_generate_single_turn", "sample"), ("_get_per_token_logps_and_entropies", "reference")):
             setattr(trainer, name, Timed(getattr(trainer, name), phase, spent))
@@ -127,6 +133,7 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("model")
     p.add_argument("--side", default="")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "autocast"))
     p.add_argument("--beta", type=float, default=0.04)
     for name, default in dict(lora=16, prompts=4, group=8, plen=64, new=64, threads=1, steps=2).items():
         p.add_argument(f"--{name}", type=int, default=default)

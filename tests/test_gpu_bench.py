@@ -12,7 +12,7 @@ from conftest import ROOT
 
 if torch.cuda.is_available():
     pytest.skip("there it runs for good", allow_module_level=True)
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,7 @@ def test_the_table_has_error_floor_share_told_and_peers(gpu):
     assert "2,000 tok/s     1,000 tok/s" in gpu.table(dict(device="X", commit="c", versions={}, results=results)) and "25% of PERF's 4,000" in gpu.figures(row, {"ours": results["a: ours"]})
 
 
+@pytest.mark.skipif(triton.__version__.startswith("3.6"), reason="its interpreter cannot loop to a bound read from memory beside numpy 2.4")
 def test_the_alarm_ends_a_run_and_the_table_still_comes():
     out = subprocess.run([sys.executable, "bench/gpu.py", "--dry", "--minutes=0.03", "--only=attention fwd"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert "out of time" in out.stdout and "goal; peers" in out.stdout and out.returncode == 0, out.stdout + out.stderr

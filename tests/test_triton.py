@@ -29,7 +29,7 @@ import rollout
 from kernels.attention import attention_ref
 from test_attention import table
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 import triton.language as tl
 
 # numpy's words for what the tests of extreme numbers do on purpose
@@ -520,6 +520,7 @@ def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
 
 # --------------------------------------------------------------------------------------------------------------- bench
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it runs for good")
+@pytest.mark.skipif(triton.__version__.startswith("3.6"), reason="needs an interpreter that loops beside numpy 2.4, see above")
 @pytest.mark.parametrize("only", ["swiglu", "sample"])
 def test_bench_of_the_gpu_runs_dry(only):
     """Its code is tried without a GPU; it prints no figure then, and writes none."""
