@@ -80,7 +80,7 @@ class _PolicyHead(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         assert ctx.grads is not None, "the gradients of policy_head are made once: a second backward needs a second forward"
         grads, ctx.grads = ctx.grads, None
-        if dloss.is_cuda or dloss != 1:  # a scaler of mixed precision multiplies the loss; looking would make a GPU wait
+        if dloss.device.type != "cpu" or dloss != 1:  # a scaler of mixed precision multiplies the loss; looking would make a GPU wait
             grads = (None if x is None else x.mul_(dloss.to(x.dtype)) for x in grads)
         return *grads, None, None, None, None, None
 

@@ -48,3 +48,22 @@ def smollm2():
 @pytest.fixture(scope="session")
 def qwen():
     return checkpoint("qwen2.5-0.5b")
+
+
+@pytest.fixture(scope="module")
+def interpreter_without_two_faults():
+    """Triton's keeps bf16 as its 16 bits and multiplies those as integers (3.6 to 3.9): widen them first. And 3.6 makes loop bounds of arrays that
+    hold one number, which numpy 2.4 no longer does. bench/gpu.py --dry, without these, needs a Triton newer than 3.6 or an older numpy."""
+    tl = pytest.importorskip("triton.language")
+    from triton.runtime import interpreter
+    dot, set_attr = interpreter.InterpreterBuilder.create_dot, interpreter._LangPatchScope.set_attr
+
+    def widened(self, a, b, d, *options):
+        return dot(self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), d, *options)
+
+    def set_index(self, thing, name, value):
+        set_attr(self, thing, name, (lambda x: int(x.handle.data.item())) if name == "__index__" else value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
+        patch.setattr(interpreter._LangPatchScope, "set_attr", set_index)
+        yield

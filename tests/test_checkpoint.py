@@ -1,5 +1,4 @@
 """A process that dies anywhere leaves a whole checkpoint; a damaged one is noticed. Real kills, real signals, no mocks."""
-import json
 import os
 import signal
 import subprocess

@@ -108,6 +108,7 @@ def test_rounded_weights_give_the_exact_loss_and_gradients_near_fp64(dtype, tole
 
 @pytest.mark.parametrize("sampling", [dict(temperature=0.8), dict(top_k=9, temperature=1.2)], ids=str)
 @pytest.mark.parametrize("learns", LEARNS)
+@pytest.mark.usefixtures("interpreter_without_two_faults")
 def test_the_row_kernel_gives_the_same(monkeypatch, learns, sampling):
     """Triton's form, in its interpreter where there is no GPU."""
     pytest.importorskip("triton")

@@ -30,10 +30,10 @@ from kernels.attention import attention_ref
 from test_attention import table
 
 triton = pytest.importorskip("triton")
-import triton.language as tl
 
 # numpy's words for what the tests of extreme numbers do on purpose
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter", "ignore::RuntimeWarning:numpy")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter", "ignore::RuntimeWarning:numpy"),
+              pytest.mark.usefixtures("interpreter_without_two_faults")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [torch.float32, torch.bfloat16]
 quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -42,24 +42,6 @@ quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthChe
 def on_gpu(test):
     """For shapes that take the interpreter minutes."""
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: minutes in the interpreter")(test))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter_without_two_faults():
-    """It keeps bf16 as its 16 bits and multiplies those as integers (3.6 to 3.9): widen them first. And 3.6 makes loop bounds of arrays that
-    hold one number, which numpy 2.4 no longer does. bench/gpu.py --dry, without these, needs a Triton newer than 3.6 or an older numpy."""
-    from triton.runtime import interpreter
-    dot, set_attr = interpreter.InterpreterBuilder.create_dot, interpreter._LangPatchScope.set_attr
-
-    def widened(self, a, b, d, *options):
-        return dot(self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), d, *options)
-
-    def set_index(self, thing, name, value):
-        set_attr(self, thing, name, (lambda x: int(x.handle.data.item())) if name == "__index__" else value)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
-        patch.setattr(interpreter._LangPatchScope, "set_attr", set_index)
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -520,7 +502,7 @@ def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
 
 # --------------------------------------------------------------------------------------------------------------- bench
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it runs for good")
-@pytest.mark.skipif(triton.__version__.startswith("3.6"), reason="needs an interpreter that loops beside numpy 2.4, see above")
+@pytest.mark.skipif(triton.__version__.startswith("3.6"), reason="its interpreter cannot loop to a bound read from memory beside numpy 2.4")
 @pytest.mark.parametrize("only", ["swiglu", "sample"])
 def test_bench_of_the_gpu_runs_dry(only):
     """Its code is tried without a GPU; it prints no figure then, and writes none."""
