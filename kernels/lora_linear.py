@@ -97,7 +97,7 @@ def shrink(x, A, scale, out=None):
     (T, D), r = x.shape, len(A)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(T, r, dtype=A.dtype, device=x.device) if out is None else out
-    if T:
+    if T:  # BD: at rank 64 the longer tile spills registers on sm_80 (Triton 3.6)
         _shrink_kernel[(triton.cdiv(T, 32),)](x, A, out, T, D, r, scale, x.stride(0), A.stride(0), A.stride(1), out.stride(0), BT=32, BD=64 if r <= 32 else 32,
                                               BR=max(16, triton.next_power_of_2(r)), PRECISION="tf32" if x.dtype != torch.float32 else "ieee", num_warps=4)
     return out
