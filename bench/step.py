@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,25 +41,20 @@ def floor_seconds(model, a) -> float:
 
 
 def ours(a):
-    import loss as losses
-    import lora
-    import model as models
-    import optim
-    import rollout
+    import loss as losses, lora, model as models, optim, rollout
     from kernels.policy_head import policy_head
 
     from transformers import AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(a.model)(TEXT)["input_ids"]
-    load = lambda: models.load(a.model, dtype=torch.float32 if a.dtype == "float32" else torch.bfloat16)
+    load = partial(models.load, a.model, dtype=torch.float32 if a.dtype == "float32" else torch.bfloat16)
     model = load()
     if a.lora:
         lora.apply(model, rank=a.lora, alpha=2 * a.lora, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
     optimizer, steps = optim.AdamW(list(model.named_parameters()), lr=1e-6), []
     reference = load() if a.beta and not a.lora else model
     for step in range(a.steps + 1):
-        spent, prompts = {}, [words[i : i + a.plen] for i in range(4 * step, 4 * step + a.prompts)]
-        marks = [time.perf_counter()]
+        prompts, marks = [words[i : i + a.plen] for i in range(4 * step, 4 * step + a.prompts)], [time.perf_counter()]
         out = rollout.generate(model, prompts, group_size=a.group, max_new_tokens=a.new, stop_ids=[], seed=0, step=step)
         marks.append(time.perf_counter())
         groups, ref_logp = [[out.group(b, a.group)] for b in range(a.prompts)], [None] * a.prompts
@@ -78,8 +74,7 @@ def ours(a):
         optimizer.step(1e-6, max_norm=1.0)
         optimizer.zero_grad()
         marks.append(time.perf_counter())
-        spent = dict(zip(("sample", "reference", "update"), (b - x for x, b in zip(marks, marks[1:]))), step=marks[-1] - marks[0])
-        steps.append(spent)
+        steps.append(dict(zip(("sample", "reference", "update"), (b - x for x, b in zip(marks, marks[1:]))), step=marks[-1] - marks[0]))
     return steps[1:], floor_seconds(model, a)
 
 
