@@ -271,8 +271,19 @@ def test_a_bad_reward_ends_in_one_sentence_and_loses_nothing(tmp_path, capsys, r
 def test_a_sampler_that_is_not_the_trainer_stops_the_run(tmp_path, capsys, monkeypatch):
     real = rollout.generate
     monkeypatch.setattr(rollout, "generate", lambda *a, temperature, **k: real(*a, temperature=0.9 * temperature, **k))
-    assert train.main(settings(tmp_path)) == 1
-    assert "do not compute the same model" in capsys.readouterr().out
+    for cut in (dict(), dict(top_p=0.9)):
+        assert train.main(settings(tmp_path / str(cut), **cut)) == 1
+        assert "do not compute the same model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut, ends", [(dict(), 1), (dict(min_p=0.05), 0)])
+def test_one_word_at_the_edge_of_the_kept_set_stops_no_run(tmp_path, monkeypatch, cut, ends):
+    def edged(*a, real=rollout.generate, **k):
+        out = real(*a, **k)
+        out.logprobs[0][0] -= 0.03  # one word more in the sampler's set, of 3 %
+        return out
+    monkeypatch.setattr(rollout, "generate", edged)
+    assert train.main(settings(tmp_path, steps=1, **cut)) == ends
 
 
 @pytest.mark.parametrize("keys, words", [
