@@ -3,7 +3,7 @@
     blocks = Blocks(model, groups=9, slots=64, prompt_tokens=128, new_tokens=255, block=8)
     blocks.begin(slots=64, stop_ids=[2], graphs=True);  blocks.enter(...);  blocks.compose(...)
     size = blocks.launch(model, n, 8, choose, kind)       # returns at once
-    token, logp, entropy = blocks.read(8, n)              # of the block launched before the last one, or of the last
+    token, logp, entropy = blocks.read(blocks.launched, 8, n)   # or blocks.launched - 1: the block launched before the last one
 
 A step of a 0.5B model is about 400 launches, each of which costs the host more time than the GPU. So the whole step (model, draw, stop
 flags, positions, what was drawn) reads and writes tensors that never move, is recorded once for each of a few slot counts, and is
@@ -26,7 +26,7 @@ import torch
 from kernels import flash_attention as flash, rope
 from kernels.attention import decode_ref
 
-BLOCK = 8  # steps between looks of the host; each wastes one slot-step a finished row on average, and saves one wait
+BLOCK = 8  # steps between looks of the host: a row's end is seen 11 steps late by mean, half of its own block and the whole next one
 # slots of the graphs, and the number asked for is one more. Recorded when first needed. With 32, 64, 128, 256 alone, 4 x 64 jobs of 8 to 384
 # tokens took 14 % more slot-steps while the last rows ran out
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)

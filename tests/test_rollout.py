@@ -235,7 +235,7 @@ def test_every_order_of_lengths_through_few_slots(tiny):
 
 # --------------------------------------------------------------------------------------------------- slots and memory
 @pytest.mark.parametrize("slots, group_size, longest, block, least", [(32, 8, 48, 0, 0.97), (64, 16, 48, 0, 0.97), (16, 4, 384, 0, 0.97), (16, 4, 384, 8, 0.83)])
-def test_refilled_slots_are_nine_tenths_useful(slots, group_size, longest, block, least):
+def test_refilled_slots_are_useful(slots, group_size, longest, block, least):
     """Jobs = 4 x slots with lengths like GSM8K's: 8 to `longest`, mean 40 % of that before clipping. A block runs on for 11 steps after a row's end."""
     u = torch.rand(4 * slots, generator=torch.Generator().manual_seed(0))
     lengths = (8 + torch.log1p(-u) / math.log(1 - 1 / (0.4 * longest))).long().clamp(8, longest).tolist()
