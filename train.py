@@ -34,6 +34,7 @@ import model as models
 import optim
 import rewards as rewarding
 import rollout
+from kernels.logprob import any_truncation
 from kernels.policy_head import policy_head
 from log import Log, Timer, finish, gather, header, length_metrics, line, loss_metrics, peak_gb, rank, reward_metrics, say, show_sample, world, write_rollouts
 from run import Run
@@ -304,8 +305,8 @@ def check_mismatch(run, stats, difference):
         return
     run.checked = True
     which, limit = MISMATCH.get(run.dtype, ("max", 1e-3))
-    if run.cfg.top_k or run.cfg.top_p < 1 or run.cfg.min_p:  # a word at the very edge may be in one's kept set and not in the other's: log(1 + its share), on one token
-        which = "mean"
+    # a word at the very edge may be in one's kept set and not in the other's: log(1 + its share), on one token
+    which = "mean" if any_truncation((run.cfg.top_k, run.cfg.top_p, run.cfg.min_p)) else which
     worst = stats.get("diff_max", 0.0) if which == "max" else difference
     if worst > limit and not run.cfg.lora_dropout:
         raise Stop(f"the sampler's and the trainer's log-probabilities differ by {worst:.2g} nats ({which} over tokens) at step {run.step + 1}; rounding explains {limit}: "
