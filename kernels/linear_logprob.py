@@ -1,4 +1,4 @@
-"""Final linear layer -> log-probability of the chosen tokens and entropy, without gradient and without logits.
+"""Final linear layer -> log-probability of the chosen tokens and entropy, with no logits and no gradient.
 
     z = h W^T / temperature      logp = z[y] - lse(z)      entropy = lse(z) - sum_j p_j z_j,   p = softmax(z)
 
@@ -39,16 +39,16 @@ def linear_logprob_ref(hidden, weight, targets, *, temperature=1.0):
 def linear_logprob(hidden, weight, targets, *, temperature=1.0):
     """logp and entropy (M,) fp32, in nats, of targets (M,) int64; without gradient.
 
-    hidden (M, D) and weight (V, D) in one dtype. The vocabulary is cut into as many runs as fill the GPU with
-    programs. Each leaves its four numbers a row in `part` (runs, 4, M), 16 bytes where the logits would be 4 V,
-    and torch joins the runs.
+    hidden (M, D) and weight (V, D) in one dtype. The vocabulary is cut into as many runs as fill the GPU
+    with programs. Each run leaves its four numbers a row in `part` (runs, 4, M), 16 bytes where the logits
+    would be 4 V, and torch joins the runs.
     """
     (M, D), (V, D2) = hidden.shape, weight.shape
     shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
     assert D == D2 and targets.shape == (M,), shapes
     if not on_triton(hidden):
         return linear_logprob_ref(hidden, weight, targets, temperature=temperature)
-    size = tile(M, hidden.dtype)
+    size = tile_size(M, hidden.dtype)
     row_blocks, tiles = triton.cdiv(M, size["BM"]), triton.cdiv(V, size["BN"])
     # 132 processors take four programs each before they queue
     runs = max(1, min(tiles, 528 // max(row_blocks, 1)))
@@ -67,7 +67,7 @@ def linear_logprob(hidden, weight, targets, *, temperature=1.0):
     return logp, entropy
 
 
-def tile(M: int, dtype) -> dict:
+def tile_size(M: int, dtype) -> dict:
     """Rows, words and width of a tile, and how the compiler is to run it."""
     if dtype == torch.float32:  # no tensor cores: exactness is what fp32 is for
         return dict(BM=32, BN=64, BK=16, num_warps=4, num_stages=3)

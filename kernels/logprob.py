@@ -34,7 +34,7 @@ import torch
 
 from kernels.switch import on_triton, tl, triton
 
-# fp32 logits alive at once: 64 MiB is 341 rows of 49,152 words. Fewer rows make the matmul slower (16 MiB: 1.2x).
+# fp32 logits alive at once: 64 MiB is 341 rows of 49,152 words. Fewer make the matmul slower (16 MiB: 1.2x).
 CHUNK_BYTES = 1 << 26
 # times as much on a GPU: 512 MiB is 883 rows of 151,936 words, enough to fill its matmuls
 GPU_CHUNKS = 8
@@ -43,7 +43,7 @@ BLOCK = 8
 
 
 def logprob_ref(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The definition, by whole logits and autograd, in the dtype given; arguments and results as `logprob`."""
+    """The definition, by whole logits and autograd, in the dtype given; arguments and results as there."""
     logits = (hidden @ weight.t()) / temperature
     truncated = truncate_(logits.detach().clone(), top_k=top_k, top_p=top_p, min_p=min_p, keep=targets)
     kept = truncated > float("-inf")
@@ -57,18 +57,18 @@ def logprob_ref(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0,
 def logprob(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Log-probability (nats) of each target under its row of hidden states, and the row's entropy (nats).
 
-    hidden (M, D) and weight (V, D) in any float dtype, targets (M,) int64 -> logp (M,), entropy (M,), both fp32
-    and both differentiable in hidden and weight. Logits are fp32 whatever the dtype.
+    hidden (M, D) and weight (V, D) in any float dtype, targets (M,) int64 -> logp and entropy (M,), fp32,
+    both differentiable in hidden and weight. Logits are fp32 whatever the dtype.
     """
-    (M, D), (V, D2) = hidden.shape, weight.shape
+    M, D = hidden.shape
     shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
-    assert D == D2 and targets.shape == (M,), shapes
+    assert D == weight.shape[1] and targets.shape == (M,), shapes
     # asked here, because inside an autograd.Function gradients are always off
     frozen_head = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
     return _LogProb.apply(hidden, weight, targets, temperature, (top_k, top_p, min_p), frozen_head)
 
 
-# ------------------------------------------------------------------------------------- logits, and which words count
+# -------------------------------------------------------------------- logits, and which words count
 def logits_fp32(hidden, weight, out=None):
     """hidden (M, D) @ weight (V, D)^T with fp32 results, in `out` (M, V) where it is given.
 
@@ -90,11 +90,11 @@ def truncate_(logits, *, top_k=0, top_p=1.0, min_p=0.0, keep=None):
     """Sets logits (M, V) outside the kept set to -inf, in place, and returns them.
 
     First top_k, then top_p of what is left, then min_p. The order and the ties are transformers': top-p keeps
-    the smallest set of most likely words whose mass reaches top_p, min-p those at least min_p times as likely as
-    the first. keep (M,): words that stay whatever happens. A word that was sampled was in the sampler's set, and
-    rounding must not put it outside the trainer's.
+    the smallest set of most likely words whose mass reaches top_p, min-p those at least min_p times as likely
+    as the first. keep (M,): words that stay whatever happens. A word that was sampled was in the sampler's
+    set, and rounding must not put it outside the trainer's.
     """
-    M, V = logits.shape
+    V = logits.shape[1]
     if keep is not None:
         kept = logits.gather(1, keep[:, None])
     if 0 < top_k < V:
@@ -130,9 +130,9 @@ def scaled_logits(hidden, weight, targets, temperature, truncation, room=None):
     return truncate_(z, top_k=top_k, top_p=top_p, min_p=min_p, keep=targets)
 
 
-# ---------------------------------------------------------------------------------------------------- chunks of rows
+# ----------------------------------------------------------------------------------- chunks of rows
 def chunks(M: int, V: int, device=None) -> list[slice]:
-    """Slices of rows whose fp32 logits fit CHUNK_BYTES (GPU_CHUNKS times that on a GPU), as even as possible."""
+    """Slices of rows, as even as possible, whose fp32 logits fit CHUNK_BYTES (times GPU_CHUNKS on a GPU)."""
     room = CHUNK_BYTES
     if device is not None and device.type == "cuda":
         room *= GPU_CHUNKS
@@ -149,7 +149,7 @@ def room_for_logits(cut, weight, dtype):
 
 
 def room_for_grad(z, dtype):
-    """Where a chunk's gradient goes: in place of its logits z (m, V) where they have its dtype, else beside them."""
+    """Where a chunk's gradient goes: over its logits z (m, V) if they have its dtype, else beside them."""
     return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
 
 
@@ -205,7 +205,7 @@ class _LogProb(torch.autograd.Function):
         room = None if fused else room_for_logits(cut, weight, lse.dtype)
         for rows in cut:
             h, y = hidden[rows], targets[rows]
-            given = lse[rows], entropy[rows], part(dlogp, rows), part(dentropy, rows)
+            given = lse[rows], entropy[rows], rows_of(dlogp, rows), rows_of(dentropy, rows)
             if fused:
                 z, scale = raw_logits(h, weight, y, temperature, truncation)
                 dz = room_for_grad(z, hidden.dtype)
@@ -222,7 +222,7 @@ class _LogProb(torch.autograd.Function):
         return dhidden, dweight, None, None, None, None
 
 
-def part(x, rows):
+def rows_of(x, rows):
     """x[rows] as a kernel reads it, or None."""
     return None if x is None else x[rows].contiguous()
 
@@ -235,7 +235,7 @@ def add_outer_(dweight, dz, hidden):
         dweight.addmm_(dz.t().to(dweight.dtype), hidden.to(dweight.dtype))
 
 
-# -------------------------------------------------------------------------------------------------- a chunk in torch
+# --------------------------------------------------------------------------------- a chunk in torch
 def exponentials_(z, targets):
     """Scaled logits z (m, V) become e^(z - max), in place, not yet divided by their sum.
 
@@ -250,7 +250,8 @@ def exponentials_(z, targets):
         torch.gather(x, 1, y, out=logit[some])
         torch.exp(x, out=e)
         torch.sum(e, -1, keepdim=True, out=total[some])
-        # a word outside the kept set has e = 0 and x = -inf, whose product is nan; 0 * -1e30 is the 0 it should be
+        # A word outside the kept set has e = 0 and x = -inf, whose product is nan; 0 * -1e30 is the 0 it
+        # should be.
         torch.sum(x.clamp_(min=-1e30).mul_(e), -1, keepdim=True, out=dot[some])
     log_total = total.log()
     logp, lse, entropy = logit - log_total, top + log_total, log_total - dot / total
@@ -273,7 +274,7 @@ def logits_grad_(z, targets, lse, entropy, dlogp, dentropy, temperature):
     return z.scatter_add_(1, targets[:, None], dlogp[:, None])
 
 
-# ------------------------------------------------------------------------------------------------- a chunk on a GPU
+# --------------------------------------------------------------------------------- a chunk on a GPU
 def raw_logits(hidden, weight, targets, temperature, truncation):
     """Logits (m, V) fp32, and the number that they must still be multiplied by.
 
@@ -287,8 +288,8 @@ def raw_logits(hidden, weight, targets, temperature, truncation):
 def row_pass(z, dz, targets, logp, lse, entropy, dlogp, dentropy, scale, temperature, *, stats):
     """One launch over the rows of z (m, V).
 
-    With `stats` it fills logp, lse and entropy (m,); without, it reads lse and entropy. With dz (m, V; may be z)
-    it writes dloss/dlogits there. dlogp, dentropy: (m,) or None.
+    With `stats` it fills logp, lse and entropy (m,); without, it reads lse and entropy. With dz (m, V), which
+    may be z, it writes dloss/dlogits there. dlogp, dentropy: (m,) or None.
     """
     m, V = z.shape
     if m:
@@ -304,7 +305,7 @@ def fold(m, s, t, e_sum, ez_sum, m_new):
     m = max x, s = sum of e^(x - m), t = sum of e^(x - m) (x - m).
     """
     a = tl.exp(m - m_new)
-    # a is 0 long before the bound is reached; 0 * -inf, where m was still the least float there is, would be NaN
+    # a is 0 long before the bound is reached, but 0 * -inf would be NaN: m starts as the least float there is
     shift = tl.maximum(m - m_new, -1000.0)
     return m_new, s * a + e_sum, a * (t + s * shift) + ez_sum
 

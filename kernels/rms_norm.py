@@ -32,7 +32,7 @@ def rms_norm_ref(x, weight, eps):
 
 
 def rms_norm(x, weight, eps):
-    """x (.., D) and weight (D,) of one dtype -> (.., D), computed in fp32 or better; differentiable in both."""
+    """x (.., D) and weight (D,) of one dtype -> (.., D), computed in fp32 (fp64); differentiable in both."""
     assert x.shape[-1:] == weight.shape, f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
     if on_triton(x):
         y, _ = _AddNorm.apply(x, None, weight, eps)
@@ -78,7 +78,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), dw, None
 
 
-# ------------------------------------------------------------------------------------------------- on a GPU
+# ----------------------------------------------------------------------------------------- on a GPU
 class _AddNorm(torch.autograd.Function):
     """x (.., D), delta (.., D) or None -> y, and x + delta where there is a delta."""
 

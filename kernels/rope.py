@@ -62,7 +62,7 @@ def heads_together(x):
     return x if x.stride(2) == 1 and x.stride(1) == E else x.contiguous()
 
 
-# ------------------------------------------------------------------------------------------------- on a GPU
+# ----------------------------------------------------------------------------------------- on a GPU
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, sign=1.0):

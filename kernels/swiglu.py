@@ -63,7 +63,7 @@ class _SwiGLU(torch.autograd.Function):
         return d
 
 
-# ------------------------------------------------------------------------------------------------- on a GPU
+# ----------------------------------------------------------------------------------------- on a GPU
 def launch(kernel, gate_up, *tensors):
     """One program for a row and 1,024 columns. gate_up (.., 2 I) and `tensors` are contiguous."""
     I = gate_up.shape[-1] // 2
