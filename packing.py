@@ -47,17 +47,21 @@ class Packed:
         )
         self.segments = []  # start, length, prompt_start, prompt_length
         ids, positions, sources, targets, rows = [], [], [], [], []
-        row = 0
+        row = 0  # of the next completion, counted over all groups
         # Python lists are fast enough: 16,000 tokens take 10 ms, once for a forward and a backward of
         # seconds.
         for prompt, group in zip(prompts, completions):
             refuse_unusable(prompt, group, model.shape.context, first_row=row)
             start, P = len(ids), len(prompt)
+            # A prompt is a segment that sees itself only; it stands once, whatever the number of its
+            # completions.
             self.segments.append((start, P, start, 0))
             ids += prompt
             positions += range(P)
             for completion in group:
                 own, C = len(ids), len(completion)
+                # A completion sees all of its prompt, then itself causally. Other completions do not exist
+                # for it.
                 self.segments.append((own, C - 1, start, P))
                 ids += completion[:-1]
                 # It goes on from its prompt, however far from it in the stream it stands.
@@ -72,8 +76,11 @@ class Packed:
         def tensor(numbers):
             return torch.tensor(numbers, dtype=torch.long, device=model.device)
 
-        self.ids, self.positions = tensor(ids), tensor(positions)  # (T,)
-        self.sources, self.targets, self.rows = tensor(sources), tensor(targets), tensor(rows)  # (M,)
+        self.ids = tensor(ids)  # (T,)
+        self.positions = tensor(positions)  # (T,)
+        self.sources = tensor(sources)  # (M,)
+        self.targets = tensor(targets)  # (M,)
+        self.rows = tensor(rows)  # (M,)
         self.layout = attention_layout(model, self.segments)
 
     def attend(self, layer, q, k, v):
@@ -104,11 +111,11 @@ def attention_layout(model, segments: list[tuple[int, int, int, int]]):
     Both forms are the same function of the same segments: Tiles are tables for one Triton kernel, Buckets
     stack segments of similar size for torch.
     """
-    s = model.shape
+    R = model.shape.H // model.shape.K  # query heads that share a key head
     where = dict(dtype=model.dtype, device=model.device)
     if flash.on_triton(model.embed):
-        return flash.Tiles(segments, s.H // s.K, E=s.E, **where)
-    return Buckets(segments, s.H // s.K, **where)
+        return flash.Tiles(segments, R, E=model.shape.E, **where)
+    return Buckets(segments, R, **where)
 
 
 # ---------------------------------------------------------------------------------------------- micro-batches
@@ -139,7 +146,7 @@ def micro_batches(
         for members in spread(lengths, micro_tokens - P):
             tokens = P + sum(len(group[g]) for g in members)
             pieces.append((tokens, (b, members)))
-    return [join_parts(bin) for bin in spread(pieces, micro_tokens)]
+    return [join_parts(parts) for parts in spread(pieces, micro_tokens)]
 
 
 def join_parts(parts: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
@@ -170,8 +177,8 @@ def spread(items: list, room: int) -> list[list]:
             emptiest = loads.index(min(loads))
             loads[emptiest] += size
             bins[emptiest].append(what)
-        if all(load <= room or len(bin) <= 1 for load, bin in zip(loads, bins)):
+        if all(load <= room or len(held) <= 1 for load, held in zip(loads, bins)):
             break
         count += 1
     by_load = sorted(zip(loads, bins), key=lambda pair: -pair[0])
-    return [bin for _, bin in by_load if bin]
+    return [held for _, held in by_load if held]
