@@ -1,5 +1,4 @@
-"""One decoder for Llama 3, SmolLM2, Qwen2/2.5, Qwen3 and Mistral, read from and written to Hugging Face
-folders.
+"""One decoder for Llama 3, SmolLM2, Qwen2/2.5, Qwen3 and Mistral, from and to Hugging Face folders.
 
     model = load("models/smollm2-135m")
     model.logits(torch.tensor([1, 2, 3]))                                        # (3, V)
@@ -58,24 +57,21 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b for one or several projections of the same input, stacked: parts = {"q_proj": rows, ...}
-    in order.
+    """y = x W^T + b for one or several projections of the same input: parts = {"q_proj": rows, ...}, stacked.
 
     One matmul for several projections reads its input once, and a small model makes 4 calls a layer instead
     of 7. lora.py finds these layers by their `parts` and wraps them. Biases are all or none: where only some
     parts have one, the rest is 0.
     """
 
-    # While sampling on a CPU: the same function on a copy of the weights laid out for it
-    # (kernels/packed_linear.py).
+    # While sampling on a CPU: the same function on weights laid out for it (kernels/packed_linear.py).
     fast = None
 
     def __init__(self, width: int, parts: dict[str, int], bias=frozenset()):
         super().__init__()
         self.parts = parts
         rows = sum(parts.values())
-        # The parts lie under each other in the order of `parts`; border_names cuts them apart again for the
-        # file.
+        # The parts lie under each other in this order; border_names cuts them apart again for the file.
         self.weight = nn.Parameter(torch.empty(rows, width))
         has_bias = not bias.isdisjoint(parts)
         self.bias = nn.Parameter(torch.zeros(rows)) if has_bias else None
@@ -127,8 +123,7 @@ class Transformer(nn.Module):
     checkpointing = False
 
     def __init__(self, config: dict):
-        """config: the dict of a Hugging Face config.json (kept, and written back by `save`). Weights are left
-        unset."""
+        """config: the dict of a config.json (kept, and written back by `save`). Weights are left unset."""
         super().__init__()
         self.config = dict(config)
         self.shape = s = Shape(config)
@@ -197,11 +192,10 @@ class Transformer(nn.Module):
         return logits_fp32(hidden, self.head)
 
     def completion_hidden(self, prompts, completions):
-        """Hidden states (M, D) from which the completion tokens are predicted, and those tokens (M,) int64,
-        in row order.
+        """(hidden (M, D), targets (M,) int64): all completion tokens, and the states that predict them.
 
-        prompts: B lists of ids. completions: B groups, each a list of non-empty lists of ids. A prompt is
-        computed once.
+        prompts: B lists of ids. completions: B groups, each a list of non-empty lists of ids. Tokens are in
+        row order. A prompt is computed once.
         """
         packed = Packed(self, prompts, completions)
         return self.predictions(packed), packed.targets
@@ -213,8 +207,7 @@ class Transformer(nn.Module):
         return hidden.index_select(0, packed.sources)
 
     def completion_logprobs(self, prompts, completions, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-        """Log-probability of every completion token given its prompt and what comes before it, and the
-        entropy there.
+        """Log-probability of every completion token given all before it, and the entropy at its place.
 
         prompts: B lists of ids. completions: B groups, each a list of non-empty lists of ids. temperature,
         top_k, top_p, min_p: of the distribution, as in sampling.
@@ -227,8 +220,7 @@ class Transformer(nn.Module):
         hidden = self.predictions(packed)  # (M, D)
         whole = not any_truncation((top_k, top_p, min_p))
         if whole and scoring.on_triton(hidden) and not torch.is_grad_enabled():
-            # Where nothing learns, one kernel goes from hidden states to log-probabilities and no logits are
-            # ever written.
+            # Where nothing learns, one kernel goes from hidden states to log-probabilities without logits.
             logp, entropy = scoring.linear_logprob(hidden, self.head, packed.targets, temperature=temperature)
         else:
             options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -242,9 +234,8 @@ def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu") -> Tra
     config: as in a config.json. Returns it in evaluation mode.
     """
     model = Transformer(config).to(dtype)
-    generator = torch.Generator().manual_seed(
-        seed
-    )  # on the CPU, so that every device starts from the same numbers
+    # Drawn on the CPU, so that every device starts from the same numbers.
+    generator = torch.Generator().manual_seed(seed)
     spread = config.get("initializer_range", 0.02)
     for p in model.parameters():
         if p.dim() > 1:  # norms and biases stay at the 1 and 0 that they were made with
@@ -327,8 +318,7 @@ def find_checkpoint(path: str) -> str:
 
 
 def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
-    """A model from a Hugging Face checkpoint folder or hub id: config.json and one or many safetensors
-    shards.
+    """A model from a Hugging Face folder or hub id: config.json and one or many safetensors shards.
 
     Weights are converted to dtype, whatever the file's. Returns the model in evaluation mode, as transformers
     does: an adapter that is loaded on top drops nothing until training asks for it.
@@ -352,12 +342,10 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
 
 
 def find_shards(path: str) -> list[str]:
-    """Names of the safetensors files that hold a checkpoint's weights. ValueError names those that are
-    absent."""
+    """Names of the safetensors files with a checkpoint's weights. ValueError names those that are absent."""
     shards = ["model.safetensors"]
     index = "model.safetensors.index.json"
-    # One whole file comes first, as in transformers: an index beside it may be what an earlier save left
-    # behind.
+    # One whole file comes first, as in transformers: an index beside it may be left from an earlier save.
     whole = os.path.exists(os.path.join(path, shards[0]))
     if not whole and os.path.exists(os.path.join(path, index)):
         shards = sorted(set(read_json(path, index)["weight_map"].values()))
@@ -404,8 +392,8 @@ def fill(model: Transformer, path: str, shards: list[str]):
         raise ValueError(
             f"{path}: the tensors are not those of its config.json; {'; '.join(filter(None, told))}"
         )
-    # Files made from torch's .bin hold a tied head a second time. One that differs was trained apart and is
-    # not the embedding.
+    # Files made from torch's .bin hold a tied head a second time. One that differs was trained apart from
+    # the embedding, and a model without it would be another model.
     if second_head is not None and not torch.equal(second_head.to(model.embed), model.embed):
         raise ValueError(
             f"{path}: config.json ties the head to the embedding, and lm_head.weight is not equal to it: "
@@ -446,8 +434,7 @@ def read_tensors(path: str):
 # -------------------------------------------------------------------------------- Hugging Face's folders, out
 @torch.no_grad()
 def save(model: Transformer, folder: str, state: dict | None = None):
-    """Writes config.json and model.safetensors with Hugging Face's names; transformers and vLLM load the
-    folder as it stands.
+    """Writes config.json and model.safetensors, a folder that transformers and vLLM load as it stands.
 
     state: our parameter names -> tensors to write instead of the model's own (lora.merged_state gives the
     merged weights). Raises ValueError for a model that carries adapters and no state: the base alone is not
@@ -466,15 +453,13 @@ def save(model: Transformer, folder: str, state: dict | None = None):
     tensors = {}
     for name, (ours, rows) in names.items():
         tensor = state[ours][rows].detach().contiguous().cpu()
-        # safetensors refuses tensors that share storage, and a range of rows shares its parameter's until it
-        # is cloned.
+        # safetensors refuses tensors that share storage, and a range of rows shares its parameter's.
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()
         tensors[name] = tensor
     # Some readers refuse a file whose metadata does not say that its tensors are torch's.
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    # The key was torch_dtype before transformers 4.56: both say the same, or old and new readers would
-    # disagree.
+    # The key was torch_dtype before transformers 4.56. Both must say the same, or readers would disagree.
     dtype = str(model.dtype).removeprefix("torch.")
     config = model.config | {"dtype": dtype}
     if "torch_dtype" in config:

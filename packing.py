@@ -1,9 +1,8 @@
-"""The packed stream in which a group shares its prompt, and how a step is cut into micro-batches of whole
-groups.
+"""The packed stream in which a group shares its prompt, and the cut of a step into micro-batches of groups.
 
-    packed = Packed(model, [[1, 2]], [[[3, 4], [5]]])       # one prompt, two completions hidden =
-    model(packed.ids, packed.positions, packed)    # (T, D) hidden[packed.sources]
-    # (M, D): where each completion token is predicted from
+    packed = Packed(model, [[1, 2]], [[[3, 4], [5]]])       # one prompt, two completions
+    hidden = model(packed.ids, packed.positions, packed)    # (T, D)
+    hidden[packed.sources]                                  # (M, D): what predicts each completion token
 
     stream      1  2 | 3 |          the prompt once, then each completion without its last token
     positions   0  1 | 2 |          every completion goes on from its prompt
@@ -24,11 +23,11 @@ from kernels import flash_attention as flash
 from kernels.attention import Buckets, attention
 
 Ids = list[int]
+Part = tuple[int, list[int]]  # a prompt's number b, and the numbers of some of its completions
 
 
 class Packed:
-    """The plan of a stream [prompt, completion, completion, .., prompt, ..] in which a group shares its
-    prompt.
+    """The plan of a stream [prompt, completion, completion, .., prompt, ..]: a group shares its prompt.
 
     model: a Transformer, asked for its context, heads, device and dtype only. prompts: B non-empty lists of
     ids. completions: B groups, each a list of non-empty lists of ids; a group may be empty.
@@ -48,20 +47,17 @@ class Packed:
         self.segments = []  # start, length, prompt_start, prompt_length
         ids, positions, sources, targets, rows = [], [], [], [], []
         row = 0  # of the next completion, counted over all groups
-        # Python lists are fast enough: 16,000 tokens take 10 ms, once for a forward and a backward of
-        # seconds.
+        # Python lists are fast enough: 16,000 tokens take 10 ms, before a forward and backward of seconds.
         for prompt, group in zip(prompts, completions):
             refuse_unusable(prompt, group, model.shape.context, first_row=row)
             start, P = len(ids), len(prompt)
-            # A prompt is a segment that sees itself only; it stands once, whatever the number of its
-            # completions.
+            # A prompt is a segment that sees only itself. It stands once, however many completions it has.
             self.segments.append((start, P, start, 0))
             ids += prompt
             positions += range(P)
             for completion in group:
                 own, C = len(ids), len(completion)
-                # A completion sees all of its prompt, then itself causally. Other completions do not exist
-                # for it.
+                # A completion sees all of its prompt and, causally, itself; never another completion.
                 self.segments.append((own, C - 1, start, P))
                 ids += completion[:-1]
                 # It goes on from its prompt, however far from it in the stream it stands.
@@ -105,8 +101,7 @@ def refuse_unusable(prompt: Ids, group: list[Ids], context: int, *, first_row: i
 
 
 def attention_layout(model, segments: list[tuple[int, int, int, int]]):
-    """The plan of attention, made from lengths before any tensor is computed: no mask is inferred from
-    values.
+    """The plan of attention, made from lengths: no mask is inferred from the values of a tensor.
 
     Both forms are the same function of the same segments: Tiles are tables for one Triton kernel, Buckets
     stack segments of similar size for torch.
@@ -119,9 +114,7 @@ def attention_layout(model, segments: list[tuple[int, int, int, int]]):
 
 
 # ---------------------------------------------------------------------------------------------- micro-batches
-def micro_batches(
-    prompts: list[Ids], completions: list[list[Ids]], micro_tokens: int
-) -> list[list[tuple[int, list[int]]]]:
+def micro_batches(prompts: list[Ids], completions: list[list[Ids]], micro_tokens: int) -> list[list[Part]]:
     """Cuts a step into micro-batches of at most micro_tokens tokens of prompts and completions.
 
     prompts: B lists of ids. completions: B groups of lists of ids; an empty list is a row that the caller has
@@ -141,7 +134,10 @@ def micro_batches(
     pieces = []  # (tokens, (b, members)) of whole groups and of parts of large ones
     for b, (prompt, group) in enumerate(zip(prompts, completions)):
         P = len(prompt)
-        lengths = [(len(completion), g) for g, completion in enumerate(group) if completion]
+        lengths = []
+        for g, completion in enumerate(group):
+            if completion:
+                lengths.append((len(completion), g))
         # Parts of about the same size; filled one after another, the last one would be mostly prompt.
         for members in spread(lengths, micro_tokens - P):
             tokens = P + sum(len(group[g]) for g in members)
@@ -149,8 +145,8 @@ def micro_batches(
     return [join_parts(parts) for parts in spread(pieces, micro_tokens)]
 
 
-def join_parts(parts: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
-    """Sorted (b, members), in which two parts of one group that met again have one prompt."""
+def join_parts(parts: list[Part]) -> list[Part]:
+    """A micro-batch in ascending order; two parts of one group that met in it become one, with one prompt."""
     groups: dict[int, list[int]] = {}
     for b, members in parts:
         groups.setdefault(b, []).extend(members)
@@ -158,14 +154,14 @@ def join_parts(parts: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]
 
 
 def spread(items: list, room: int) -> list[list]:
-    """Spreads items (size, what) over few bins of at most `room`; returns each bin's whats, the fullest bin
-    first.
+    """Spreads items (size, what) over few bins of at most `room`; returns the whats of each, fullest first.
 
     An item larger than room is alone in its bin. Each item, the largest first, goes into the emptiest bin,
     and all starts again with one bin more whenever that does not fit. So the emptiest bin holds at least half
     of the fullest, unless that is a single item: the last item to enter the fullest bin found it the
     emptiest.
     """
+    # Python's sort is stable: equal sizes keep their order, so the cut is a function of the lengths alone.
     items = sorted(items, key=lambda item: -item[0])
     # Fewer bins cannot do. An item that is too large fills its bin and no more.
     total = sum(min(size, room) for size, _ in items)
