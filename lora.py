@@ -57,7 +57,7 @@ PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 
 
 class LoRALinear(nn.Module):
-    """Wraps a Linear of several parts and freezes it; those of its parts named in `targets` get an adapter."""
+    """Wraps a Linear of several parts and freezes it; its parts named in `targets` get an adapter."""
 
     fast = None  # as Linear's, with the adapter added in
     enabled = True  # False: the layer is its base, see `disabled`
@@ -88,7 +88,7 @@ class LoRALinear(nn.Module):
         # starts alike.
         A = (torch.rand(len(self.targets) * rank, D, generator=generator) * 2 - 1) / math.sqrt(D)
         self.A = nn.Parameter(A.to(**where))
-        # The A's lie under each other in one parameter, which one matmul reads; the B's have rows of their own.
+        # The A's lie under each other in one parameter for one matmul; each B has output rows of its own.
         self.B = nn.ParameterList()
         for part in self.targets:
             self.B.append(nn.Parameter(torch.zeros(base.parts[part], rank, **where)))
@@ -183,8 +183,8 @@ def merge(model):
     with a W' that is out of date raises RuntimeError. A layer that is merged already gets the new numbers at
     the same address, which CUDA graphs hold. Gradients still reach A and B.
 
-    Raises ValueError, with nothing changed, for an adapter with dropout: dropout acts on what goes into A, and
-    W' has only one input for both.
+    Raises ValueError, with nothing changed, for an adapter with dropout: that acts on what goes into A, and W'
+    has one input for both.
     """
     adapted = layers(model).values()
     for layer in adapted:
@@ -241,7 +241,7 @@ def peft_names(model) -> dict[str, torch.Tensor]:
     for name, layer in layers(model).items():
         number = name.split(".")[1]  # blocks.NUMBER.qkv
         for part, A, B in zip(layer.targets, layer.A.split(layer.rank), layer.B):
-            parent = "mlp" if part in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            parent = "self_attn" if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
             theirs = f"base_model.model.model.layers.{number}.{parent}.{part}"
             names[f"{theirs}.lora_A.weight"] = A
             names[f"{theirs}.lora_B.weight"] = B
@@ -302,7 +302,7 @@ def read_config(folder: str) -> dict:
 
 @torch.no_grad()
 def load_adapter(model, folder: str):
-    """Reads a PEFT adapter into a model, which gets LoRA of the file's rank, alpha and targets if it has none.
+    """Reads a PEFT adapter into a model, which gets LoRA of the file's rank, alpha and targets if needed.
 
     Returns the model; a model that was merged has to be merged again. Raises ValueError, with no number
     changed, that names tensors that are missing, unknown or misshapen, and a rank or alpha that is not the
