@@ -183,8 +183,8 @@ def merge(model):
     with a W' that is out of date raises RuntimeError. A layer that is merged already gets the new numbers at
     the same address, which CUDA graphs hold. Gradients still reach A and B.
 
-    Raises ValueError, with nothing changed, for an adapter with dropout: that acts on what goes into A, and W'
-    has one input for both.
+    Raises ValueError, with nothing changed, for an adapter with dropout: that acts on what goes into A alone,
+    and W' has one input for all.
     """
     adapted = layers(model).values()
     for layer in adapted:
