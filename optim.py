@@ -265,14 +265,14 @@ def learning_rate(
     schedule: str = "constant",
     min_ratio: float = 0.0,
 ) -> float:
-    """The learning rate of update `step` (counted from 0) of `steps`; "constant", "cosine" or "linear" after
-    the warm-up.
+    """The learning rate of update `step`, counted from 0, of `steps`.
 
-    A function of the step and of nothing else: a scheduler object counts its own calls and so starts again,
-    warm-up included, in a resumed run that forgets to restore it. Warm-up rises as lr * (step + 1) /
-    warmup_steps: its first update moves (many libraries begin at 0 and waste it) and its last has the whole
-    lr. After it the rate falls from lr towards min_ratio * lr, which update number `steps` would be the first
-    to have. Raises ValueError on any other schedule.
+    schedule: "constant", "cosine" or "linear" after the warm-up. A function of the step and of nothing else:
+    a scheduler object counts its own calls and so starts again, warm-up included, in a resumed run that
+    forgets to restore it. Warm-up rises as lr * (step + 1) / warmup_steps: its first update moves (many
+    libraries begin at 0 and waste it) and its last has the whole lr. After it the rate falls from lr towards
+    min_ratio * lr, which update number `steps` would be the first to have. Raises ValueError on any other
+    schedule.
     """
     decay_steps = max(1, steps - warmup_steps)
     done = min(1.0, max(0.0, (step - warmup_steps) / decay_steps))  # share of the decay behind us

@@ -124,8 +124,10 @@ from test_checkpoint import names, newest, value_of, write
 
 os.fsync = lambda fd: None  # a killed process loses nothing that it wrote, only a power cut would; and it takes its time
 
-# The victim dies just before the k-th of: the lines that write (of save and _sweep; the others only read, so to die in
-# them leaves what their caller's line had left), and the files and folders that rmtree deletes.
+# The victim dies just before the k-th of: the lines that write (of save, _write_state and _sweep; the others only
+# read, so to die in them leaves what their caller's line had left), and the files and folders that rmtree deletes.
+WRITERS = [f.__code__ for f in (checkpoint.save, checkpoint._write_state, checkpoint._sweep)]
+
 def die_at(k):
     left = k
 
@@ -136,7 +138,7 @@ def die_at(k):
             os._exit(9)
 
     def trace(frame, event, arg):
-        if frame.f_code in (checkpoint.save.__code__, checkpoint._sweep.__code__):
+        if frame.f_code in WRITERS:
             if event == "line":
                 tick()
             return trace
