@@ -136,8 +136,7 @@ def check_same_run(state: dict, expected: dict) -> None:
 
 @contextmanager
 def uninterrupted():
-    """`with uninterrupted():` Ctrl-C (SIGINT) and SIGTERM wait for the end of the block, then raise
-    KeyboardInterrupt.
+    """Ctrl-C (SIGINT) and SIGTERM wait for the end of the block, then raise KeyboardInterrupt.
 
     Around an optimiser update it keeps weights, moments and step together: Python raises KeyboardInterrupt
     between any two bytecodes, and the save that follows would store half an update as if it were whole. What
@@ -264,7 +263,7 @@ def _sha256(what: Path | dict) -> str:
 
 
 def _fsync(*paths: Path) -> None:
-    """Waits until files, or the name lists of folders, are on the disk and not only in the system's memory."""
+    """Waits until files, or the name lists of folders, are on the disk and not only in memory."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)

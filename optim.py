@@ -26,6 +26,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 # torch's names of Adam's running means of grad and grad ** 2.
@@ -146,6 +147,9 @@ class AdamW:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
+        # torch's fused kernel does not count its writes. Counted, a backward through weights of before the
+        # update is an error and not a wrong gradient, and lora.py sees that a merged weight is out of date.
+        increment_version(self.fp32)
         self._round()
         return norm
 
