@@ -426,7 +426,7 @@ def test_adapters_that_are_not_plain_lora_are_refused_by_name(options, said, tmp
 
 
 def test_adapter_of_another_kind_model_rank_or_alpha_is_refused_and_nothing_is_changed(tmp_path):
-    """Tensors were checked while they were copied: a misshapen last one left half of the file in the model."""
+    """Tensors were checked while they were copied: the last one being misshapen left half of the file."""
     model = adapted()
     lora.save_adapter(model, str(tmp_path), base="")
     path, tensors = tmp_path / "adapter_config.json", load_file(tmp_path / "adapter_model.safetensors")
