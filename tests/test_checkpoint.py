@@ -1,4 +1,5 @@
-"""A process that dies anywhere leaves a whole checkpoint; a damaged one is noticed. Real kills, real signals, no mocks."""
+"""A process that dies anywhere leaves a whole checkpoint; damage is noticed. Real kills and signals."""
+
 import os
 import signal
 import subprocess
@@ -26,8 +27,14 @@ def write(out, step, value=None, **options):
         (folder / "tokenizer").mkdir()
         (folder / "tokenizer" / "vocab.txt").write_text(f"value {value}")
 
-    return save(out, step, write_model=write_model, optimizer_state={"exp_avg.w": tensor, "step": torch.tensor(float(step))},
-                state={"value": value}, **options)
+    return save(
+        out,
+        step,
+        write_model=write_model,
+        optimizer_state={"exp_avg.w": tensor, "step": torch.tensor(float(step))},
+        state={"value": value},
+        **options,
+    )
 
 
 def value_of(folder):
@@ -43,9 +50,20 @@ def names(out):
 
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
-    tensors = {"a": torch.randn(5, 3).t(), "b": torch.tensor([float("nan"), -0.0]), "step": torch.tensor(7.0),
-               "c": torch.randn(4).bfloat16()}
-    state = {"seed": 3, "lr": 0.1 + 0.2, "loss": float("inf"), "model": {"hidden_size": 576}, "eos": [1, 2], "text": "é\n\ud800"}
+    tensors = {
+        "a": torch.randn(5, 3).t(),
+        "b": torch.tensor([float("nan"), -0.0]),
+        "step": torch.tensor(7.0),
+        "c": torch.randn(4).bfloat16(),
+    }
+    state = {
+        "seed": 3,
+        "lr": 0.1 + 0.2,
+        "loss": float("inf"),
+        "model": {"hidden_size": 576},
+        "eos": [1, 2],
+        "text": "é\n\ud800",
+    }
     path = save(tmp_path, 12, write_model=lambda folder: None, optimizer_state=tensors, state=state)
     assert path == tmp_path / "ckpt" / "step_000012" == newest(tmp_path)
     loaded, loaded_state = load_state(path)
@@ -56,8 +74,14 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
 
 
 def test_state_keys_that_json_turns_into_strings_do_not_look_like_damage(tmp_path):
-    """Integers sort as 9, 10, their names as "10", "9": a checksum over sorted keys must be taken of what will be read."""
-    path = save(tmp_path, 1, write_model=lambda f: None, optimizer_state={"t": torch.ones(1)}, state={"solved": {9: 1, 10: (2,)}})
+    """Integers sort as 9, 10, their names as "10", "9": the checksum must be of what will be read."""
+    path = save(
+        tmp_path,
+        1,
+        write_model=lambda f: None,
+        optimizer_state={"t": torch.ones(1)},
+        state={"solved": {9: 1, 10: (2,)}},
+    )
     assert newest(tmp_path) == path and load_state(path)[1]["solved"] == {"9": 1, "10": [2]}
 
 
@@ -73,7 +97,7 @@ def test_the_newest_are_kept_and_older_ones_removed(tmp_path, keep, left):
 
 
 def test_later_and_damaged_checkpoints_are_neither_deleted_nor_counted(tmp_path, capsys):
-    """A run taken up from step 4, since 6 is damaged, must not push out 4 by counting 6, nor delete what it did not make."""
+    """A run taken up from step 4, since 6 is damaged, must not count 6, nor delete what it did not make."""
     for step in (2, 4, 6, 9):
         write(tmp_path, step, keep=0)
     (tmp_path / "ckpt" / "step_000006" / "model.safetensors").unlink()
@@ -87,14 +111,23 @@ def test_steps_beyond_a_million_are_newer(tmp_path):
     assert value_of(newest(tmp_path)) == 1_000_000
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "tokenizer/vocab.txt", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "tokenizer/vocab.txt", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["shorter", "longer", "other", "missing"])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, name, damage):
     write(tmp_path, 1)
     file = write(tmp_path, 2) / name
     content = file.read_bytes()
-    at = content.rindex(b"2") if b"2" in content else len(content) - 1  # in state.json: a digit, so that it stays JSON
-    new = {"shorter": content[:-3], "longer": content + b"1", "other": content[:at] + b"3" + content[at + 1:], "missing": None}[damage]
+    at = (
+        content.rindex(b"2") if b"2" in content else len(content) - 1
+    )  # in state.json: a digit, so that it stays JSON
+    new = {
+        "shorter": content[:-3],
+        "longer": content + b"1",
+        "other": content[:at] + b"3" + content[at + 1 :],
+        "missing": None,
+    }[damage]
     file.unlink() if new is None else file.write_bytes(new)
     assert value_of(newest(tmp_path)) == 1
     out = capsys.readouterr().out
@@ -109,7 +142,7 @@ def test_every_digit_of_the_state_is_guarded(tmp_path, capsys):
     content = file.read_bytes()
     for at, byte in enumerate(content):
         if chr(byte).isalnum():
-            file.write_bytes(content[:at] + (b"7" if byte != ord("7") else b"8") + content[at + 1:])
+            file.write_bytes(content[:at] + (b"7" if byte != ord("7") else b"8") + content[at + 1 :])
             assert newest(tmp_path) is None, f"byte {at} was changed and not noticed"
 
 
@@ -122,10 +155,14 @@ sys.path[:0] = sys.argv[2:]
 import checkpoint
 from test_checkpoint import names, newest, value_of, write
 
-os.fsync = lambda fd: None  # a killed process loses nothing that it wrote, only a power cut would; and it takes its time
+# A killed process loses nothing that it wrote, only a power cut would; and fsync takes its time.
+os.fsync = lambda fd: None
 
-# The victim dies just before the k-th of: the lines that write (of save and _sweep; the others only read, so to die in
-# them leaves what their caller's line had left), and the files and folders that rmtree deletes.
+# The victim dies just before the k-th of: the lines of save and _sweep, and the files and folders that rmtree
+# deletes. What else they call writes nothing before its last line, so to die in there leaves what a death at
+# the caller's line, or at the next one, leaves.
+WRITERS = [checkpoint.save.__code__, checkpoint._sweep.__code__]
+
 def die_at(k):
     left = k
 
@@ -136,7 +173,7 @@ def die_at(k):
             os._exit(9)
 
     def trace(frame, event, arg):
-        if frame.f_code in (checkpoint.save.__code__, checkpoint._sweep.__code__):
+        if frame.f_code in WRITERS:
             if event == "line":
                 tick()
             return trace
@@ -167,7 +204,8 @@ for old in (None, 3):  # an empty folder; and one where step 3 is replaced and s
         finds.append(found and value_of(found))
         write(out, 4, keep=2)  # the save after it clears up, and loses nothing
         left = ["step_000003", "step_000004"] if finds[-1] else ["step_000004"]
-        assert names(out) == left and value_of(out / "ckpt" / left[0]) == (finds[-1] or 4), (old, k, names(out))
+        assert names(out) == left, (old, k, names(out))
+        assert value_of(out / "ckpt" / left[0]) == (finds[-1] or 4), (old, k)
         shutil.rmtree(out)
     # Old ... old, new ... new: never neither, and once the new one is there it stays.
     turn = finds.index(30)
@@ -178,13 +216,17 @@ for old in (None, 3):  # an empty folder; and one where step 3 is replaced and s
 
 def test_a_save_killed_at_any_line_leaves_the_old_or_the_new_checkpoint_whole(tmp_path):
     paths = [str(ROOT), str(Path(__file__).parent)]
-    run = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path), *paths], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path), *paths], capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("died at") == 2 and "warning" not in run.stdout  # nor a folder that newest() had to pass over
+    assert (
+        run.stdout.count("died at") == 2 and "warning" not in run.stdout
+    )  # nor a folder that newest() had to pass over
 
 
 def test_content_and_folders_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    """What a power cut needs: fsync of every file and folder of the checkpoint, then the rename, then its folder."""
+    """What a power cut needs: fsync of every file and folder, then the rename, then fsync of its folder."""
     log, fsync, rename = [], os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (log.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(os, "rename", lambda a, b: (log.append(f"rename {Path(b).name}"), rename(a, b)))
@@ -193,8 +235,10 @@ def test_content_and_folders_are_on_the_disk_before_the_name_is(tmp_path, monkey
     path = write(tmp_path, 1)
     at = log.index("rename step_000001")
     inside = {".", *(str(p.relative_to(path)) for p in path.rglob("*"))}
-    assert {os.path.relpath(p, path.with_name(".tmp-step_000001")) for p in log[:at]} == inside and len(inside) == 6
-    assert log[at + 1:] == [str(tmp_path / "ckpt"), str(tmp_path)]
+    assert {os.path.relpath(p, path.with_name(".tmp-step_000001")) for p in log[:at]} == inside and len(
+        inside
+    ) == 6
+    assert log[at + 1 :] == [str(tmp_path / "ckpt"), str(tmp_path)]
 
 
 def test_a_save_that_fails_leaves_the_old_one_and_the_next_succeeds(tmp_path):
@@ -211,7 +255,11 @@ def test_a_save_that_fails_leaves_the_old_one_and_the_next_succeeds(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_with_every_difference():
     state = {"step": 100, "model": {"model": "smollm", "hidden_size": 576, "layers": [1, 2], "lora_rank": 8}}
     check_same_run(state, {"model": "smollm", "hidden_size": 576, "layers": (1, 2), "lora_rank": 8})
-    with pytest.raises(ValueError, match=r"step 100 was made with model smollm, hidden_size 576; this run has model qwen, hidden_size 896"):
+    with pytest.raises(
+        ValueError,
+        match="step 100 was made with model smollm, hidden_size 576; "
+        "this run has model qwen, hidden_size 896",
+    ):
         check_same_run(state, {"model": "qwen", "hidden_size": 896, "layers": [1, 2], "lora_rank": 8})
     with pytest.raises(ValueError, match="lora_rank 8; this run has lora_rank absent"):
         check_same_run(state, {"model": "smollm", "hidden_size": 576, "layers": [1, 2]})
@@ -249,7 +297,10 @@ def test_an_error_inside_the_block_is_not_lost_when_a_signal_comes_too():
 
 def test_the_callers_own_handler_gets_the_signal_and_an_ignored_one_stays_ignored():
     received = []
-    old_term, old_int = signal.signal(signal.SIGTERM, lambda *a: received.append(a[0])), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    old_term, old_int = (
+        signal.signal(signal.SIGTERM, lambda *a: received.append(a[0])),
+        signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     try:
         with uninterrupted():
             signal.raise_signal(signal.SIGINT)
@@ -297,6 +348,10 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_reason(tmp_path):
     writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("")
-    for bad in (tmp_path / "file", tmp_path / "file" / "below", *(["/proc/nothing"] if os.path.isdir("/proc") else [])):
+    for bad in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        *(["/proc/nothing"] if os.path.isdir("/proc") else []),
+    ):
         with pytest.raises(ValueError, match="cannot write to .*--out_dir=PATH"):
             writable(bad)

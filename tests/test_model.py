@@ -1,7 +1,8 @@
-"""model.py: transformers' logits from transformers' files and back, options refused by name, and a packed forward that equals separate ones.
+"""model.py, shape.py, packing.py: transformers' logits, options refused by name, a packed forward.
 
 The oracles are transformers' own classes with random weights, in files that save_pretrained wrote.
 """
+
 import json
 import os
 import subprocess
@@ -20,10 +21,25 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import model as models
 from conftest import ROOT, TINY
 
-SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=512, initializer_range=0.25, rms_norm_eps=1e-5)
+SMALL = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.25,
+    rms_norm_eps=1e-5,
+)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 FAMILIES = {
     "llama": dict(model_type="llama"),
     "llama tied": dict(model_type="llama", tie_word_embeddings=True),
@@ -31,9 +47,22 @@ FAMILIES = {
     "llama wide heads": dict(model_type="llama", head_dim=24, attention_bias=True),
     "llama one key head": dict(model_type="llama", num_key_value_heads=1),
     "llama no groups": dict(model_type="llama", num_key_value_heads=4),
-    "smollm2": dict(model_type="llama", tie_word_embeddings=True, hidden_size=36, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=3,
-                    rope_parameters=dict(rope_type="default", rope_theta=100000.0)),
-    "qwen2": dict(model_type="qwen2", tie_word_embeddings=True, num_attention_heads=8, num_key_value_heads=1, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "smollm2": dict(
+        model_type="llama",
+        tie_word_embeddings=True,
+        hidden_size=36,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_hidden_layers=3,
+        rope_parameters=dict(rope_type="default", rope_theta=100000.0),
+    ),
+    "qwen2": dict(
+        model_type="qwen2",
+        tie_word_embeddings=True,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+    ),
     "qwen2 untied": dict(model_type="qwen2"),
     "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True),
     "qwen3 with biases": dict(model_type="qwen3", head_dim=8, attention_bias=True),
@@ -59,8 +88,10 @@ def oracle(options, folder, **save):
     """transformers' model of random weights, biases and norms, written to folder by save_pretrained."""
     torch.manual_seed(0)
     options = dict(options)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **SMALL | options)).eval()
-    for name, p in model.named_parameters():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(options.pop("model_type"), **SMALL | options)
+    ).eval()
+    for p in model.parameters():
         if p.dim() == 1:  # their start is 0 for biases and 1 for norms, which would hide a missing one
             p.data = p.data + torch.randn_like(p) * 0.3
     model.save_pretrained(folder, **save)
@@ -75,7 +106,11 @@ def rewrite(folder, **changes):
 
 
 def assert_same_logits(theirs, ours, ids=None, tolerance=5e-5):
-    ids = torch.randint(0, ours.shape.V, (150,), generator=torch.Generator().manual_seed(7)) if ids is None else ids
+    ids = (
+        torch.randint(0, ours.shape.V, (150,), generator=torch.Generator().manual_seed(7))
+        if ids is None
+        else ids
+    )
     with torch.no_grad():
         a, b = theirs(ids[None]).logits[0], ours.logits(ids)
     assert b.dtype == torch.float32
@@ -83,7 +118,7 @@ def assert_same_logits(theirs, ours, ids=None, tolerance=5e-5):
     torch.testing.assert_close(b, a.float(), rtol=tolerance, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------- the same function as transformers
+# -------------------------------------------------------------------------- the same function as transformers
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers(name, tmp_path):
     assert_same_logits(oracle(FAMILIES[name], tmp_path), models.load(str(tmp_path)))
@@ -91,8 +126,13 @@ def test_logits_equal_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("spelling", ["new", "old", "oldest"])
 @pytest.mark.parametrize("name", ROPES)
-def test_every_rope_equals_transformers_in_every_spelling_beyond_the_original_context(name, spelling, tmp_path):
-    """150 positions, of which the original context has 64. Old files say rope_theta and rope_scaling, the oldest "type" for "rope_type"."""
+def test_every_rope_equals_transformers_in_every_spelling_beyond_the_original_context(
+    name, spelling, tmp_path
+):
+    """150 positions, of which the original context has 64.
+
+    Old files say rope_theta and rope_scaling, the oldest "type" for "rope_type".
+    """
     theirs = oracle(dict(model_type="llama", rope_parameters=dict(ROPES[name])), tmp_path)
     if spelling != "new":
         rope = dict(ROPES[name])
@@ -106,19 +146,44 @@ def test_every_rope_equals_transformers_in_every_spelling_beyond_the_original_co
 @pytest.mark.parametrize("rope", [LLAMA3, YARN], ids=["llama3", "yarn"])
 @pytest.mark.parametrize("place", ["inside", "beside", "both", "nowhere"])
 def test_original_context_is_found_where_transformers_finds_it(rope, place, tmp_path):
-    """A number beside the rope dict counts more than one inside it; with none, the context is the original one."""
+    """A number beside the rope dict counts more than one inside; without any it is the context."""
     oracle(dict(model_type="llama"), tmp_path)
-    inside = {k: v for k, v in rope.items() if k != "original_max_position_embeddings"} | ({"original_max_position_embeddings": 100} if place in ("inside", "both") else {})
-    rewrite(tmp_path, rope_parameters=None, rope_theta=10000.0, rope_scaling=inside, original_max_position_embeddings=200 if place in ("beside", "both") else None)
+    inside = {k: v for k, v in rope.items() if k != "original_max_position_embeddings"} | (
+        {"original_max_position_embeddings": 100} if place in ("inside", "both") else {}
+    )
+    rewrite(
+        tmp_path,
+        rope_parameters=None,
+        rope_theta=10000.0,
+        rope_scaling=inside,
+        original_max_position_embeddings=200 if place in ("beside", "both") else None,
+    )
     assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path), models.load(str(tmp_path)))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_keys_left_out_mean_what_they_mean_to_transformers(family, tmp_path):
-    sizes = dict(num_attention_heads=32, num_key_value_heads=8 if family == "mistral" else 32, hidden_size=64, head_dim=128 if family == "qwen3" else 2, rms_norm_eps=1e-6)
+    sizes = dict(
+        num_attention_heads=32,
+        num_key_value_heads=8 if family == "mistral" else 32,
+        hidden_size=64,
+        head_dim=128 if family == "qwen3" else 2,
+        rms_norm_eps=1e-6,
+    )
     oracle(dict(model_type=family, sliding_window=None) | sizes, tmp_path)
-    gone = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "layer_types",
-            "max_position_embeddings", "use_sliding_window"]
+    gone = [
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "hidden_act",
+        "layer_types",
+        "max_position_embeddings",
+        "use_sliding_window",
+    ]
     rewrite(tmp_path, **dict.fromkeys(gone + ["sliding_window"] * (family != "mistral")))
     ours = models.load(str(tmp_path))
     assert ours.shape.context == transformers.CONFIG_MAPPING[family]().max_position_embeddings
@@ -128,7 +193,9 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(family, tmp_path):
 def test_null_key_heads_are_as_many_as_query_heads(tmp_path):
     theirs = oracle(dict(model_type="llama", num_key_value_heads=4), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": None, "head_dim": None}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"num_key_value_heads": None, "head_dim": None})
+    )
     assert_same_logits(theirs, models.load(str(tmp_path)))
 
 
@@ -151,7 +218,11 @@ def test_bf16_logits_are_as_near_to_fp32_as_transformers_are(family, tmp_path):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("which, dtype", [("smollm2", torch.float32), ("smollm2", torch.bfloat16), ("qwen", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "which, dtype",
+    [("smollm2", torch.float32), ("smollm2", torch.bfloat16), ("qwen", torch.float32)],
+    ids=str,
+)
 def test_real_checkpoint_gives_transformers_logits(which, dtype, request):
     folder = request.getfixturevalue(which)
     ids = torch.arange(1000, 1024)
@@ -165,13 +236,17 @@ def test_real_checkpoint_gives_transformers_logits(which, dtype, request):
         assert divergence.mean() < 0.02
 
 
-# ------------------------------------------------------------------------------------------------------------ refused by name
+# -------------------------------------------------------------------------------------------- refused by name
 REFUSED = {
     "sliding_window": dict(model_type="mistral", sliding_window=4096, max_position_embeddings=32768),
-    "sliding_window = 4096": dict(model_type="mistral", sliding_window="absent", max_position_embeddings=32768),
+    "sliding_window = 4096": dict(
+        model_type="mistral", sliding_window="absent", max_position_embeddings=32768
+    ),
     "sliding_window = 16": dict(model_type="qwen2", use_sliding_window=True, sliding_window=16),
     "sliding_window = 32": dict(model_type="qwen3", use_sliding_window=True, sliding_window=32),
-    "layer_types = ['sliding_attention']": dict(model_type="qwen2", layer_types=["full_attention", "sliding_attention"]),
+    "layer_types = ['sliding_attention']": dict(
+        model_type="qwen2", layer_types=["full_attention", "sliding_attention"]
+    ),
     "model_type 'mixtral'": dict(model_type="mixtral"),
     "model_type 'qwen2_moe'": dict(model_type="qwen2_moe"),
     "model_type 'gemma2'": dict(model_type="gemma2"),
@@ -187,14 +262,18 @@ REFUSED = {
     "full_attention": dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e4))),
     "type linear and lacks its factor": dict(rope_scaling=dict(type="linear")),
     "type yarn and lacks its factor": dict(rope_scaling=dict(rope_type="yarn", factor=None)),
-    "lacks its low_freq_factor": dict(rope_scaling=dict(rope_type="llama3", factor=8.0, high_freq_factor=4.0)),
+    "lacks its low_freq_factor": dict(
+        rope_scaling=dict(rope_type="llama3", factor=8.0, high_freq_factor=4.0)
+    ),
     "hidden_act = 'gelu'": dict(hidden_act="gelu"),
     "quantization_config": dict(quantization_config=dict(quant_method="gptq", bits=4)),
     "attention_dropout = 0.1": dict(attention_dropout=0.1),
     "lacks num_attention_heads": dict(num_attention_heads="absent"),
     "lacks vocab_size, hidden_size": dict(vocab_size="absent", hidden_size="absent"),
     "4 query heads over 3 key heads": dict(num_key_value_heads=3),
-    "4 query heads over 8 key heads": dict(model_type="mistral", sliding_window=None, num_key_value_heads="absent"),
+    "4 query heads over 8 key heads": dict(
+        model_type="mistral", sliding_window=None, num_key_value_heads="absent"
+    ),
     "of width 7": dict(head_dim=7),
 }
 
@@ -208,8 +287,27 @@ def test_option_that_is_not_implemented_is_refused_by_name(said):
 
 
 def test_options_that_are_switched_off_are_not_refused():
-    models.Shape(dict(TINY, model_type="qwen2", use_sliding_window=False, sliding_window=32, max_window_layers=1, layer_types=["full_attention"] * 2))
-    models.Shape(dict(TINY, attention_dropout=0.0, pretraining_tp=2, quantization_config=None, rope_scaling=None, rope_parameters=None, partial_rotary_factor=1.0))
+    models.Shape(
+        dict(
+            TINY,
+            model_type="qwen2",
+            use_sliding_window=False,
+            sliding_window=32,
+            max_window_layers=1,
+            layer_types=["full_attention"] * 2,
+        )
+    )
+    models.Shape(
+        dict(
+            TINY,
+            attention_dropout=0.0,
+            pretraining_tp=2,
+            quantization_config=None,
+            rope_scaling=None,
+            rope_parameters=None,
+            partial_rotary_factor=1.0,
+        )
+    )
 
 
 def damaged(tmp_path, change):
@@ -234,7 +332,10 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
         tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
 
     said = refusal(damaged(tmp_path, lose))
-    assert "missing 2: model.layers.1.self_attn.k_proj.weight, model.norm.weight" in said and "unknown 1: model.layers.7.mlp.up_proj.weight" in said
+    assert (
+        "missing 2: model.layers.1.self_attn.k_proj.weight, model.norm.weight" in said
+        and "unknown 1: model.layers.7.mlp.up_proj.weight" in said
+    )
 
     def bend(tensors):
         tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(32, 63)
@@ -244,18 +345,31 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
 
 
 def test_bias_that_the_config_does_not_ask_for_is_unknown_and_not_dropped(tmp_path):
-    said = refusal(damaged(tmp_path, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})))
+    said = refusal(
+        damaged(tmp_path, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
+    )
     assert "unknown 1: model.layers.0.self_attn.q_proj.bias" in said
 
 
 def test_tensors_that_old_checkpoints_compute_from_the_config_are_harmless(tmp_path):
-    models.load(damaged(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})))
+    models.load(
+        damaged(
+            tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
+        )
+    )
 
 
 def test_tied_head_stored_a_second_time_is_harmless_only_when_equal(tmp_path):
-    """transformers unties a head that differs from the embedding; ignoring the tensor would have given another model without a word."""
-    assert models.load(damaged(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))).untied_head is None
-    said = refusal(damaged(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})))
+    """transformers unties a head that differs; ignoring the tensor gave another model in silence."""
+    assert (
+        models.load(
+            damaged(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+        ).untied_head
+        is None
+    )
+    said = refusal(
+        damaged(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    )
     assert "lm_head.weight" in said and "tie_word_embeddings" in said
 
 
@@ -286,25 +400,45 @@ def test_missing_and_cut_shards_are_named(tmp_path):
 
 
 def test_whole_file_counts_more_than_an_index_left_beside_it(tmp_path):
-    """The index used to win: a model saved into a folder that had held shards was written, and the old shards were read."""
+    """The index used to win: a model was saved where shards had been, and the old shards were read."""
     theirs = oracle(dict(model_type="llama"), tmp_path, max_shard_size="10KB")
     changed = models.load(str(tmp_path))
     changed.embed.data += 1
     models.save(changed, str(tmp_path))
     assert torch.equal(models.load(str(tmp_path)).embed, changed.embed)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight, changed.embed) and theirs
+    assert (
+        torch.equal(
+            AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight, changed.embed
+        )
+        and theirs
+    )
 
 
-@pytest.mark.parametrize("environment", [dict(HF_HUB_OFFLINE="1"), dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")], ids=["offline", "unreachable"])
+@pytest.mark.parametrize(
+    "environment",
+    [dict(HF_HUB_OFFLINE="1"), dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")],
+    ids=["offline", "unreachable"],
+)
 def test_hub_out_of_reach_is_one_sentence_and_quick(environment, tmp_path):
     code = "import model\ntry: model.load('nobody/nothing')\nexcept ValueError as e: print(e)"
     start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment | dict(HF_HOME=str(tmp_path)), capture_output=True, text=True)
-    assert out.stdout.startswith("nobody/nothing is not a folder here and could not be had from the hub") and out.stdout.count("\n") == 1, out.stderr
-    assert "give the path of a downloaded checkpoint folder" in out.stdout and time.perf_counter() - start < 60
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment | dict(HF_HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        out.stdout.startswith("nobody/nothing is not a folder here and could not be had from the hub")
+        and out.stdout.count("\n") == 1
+    ), out.stderr
+    assert (
+        "give the path of a downloaded checkpoint folder" in out.stdout and time.perf_counter() - start < 60
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- files out
+# -------------------------------------------------------------------------------------------------- files out
 @pytest.mark.parametrize("name", ["llama with biases", "smollm2", "qwen2", "qwen3", "mistral wide heads"])
 def test_saved_model_loads_in_transformers_and_here(name, tmp_path):
     oracle(FAMILIES[name] | dict(rope_parameters=YARN | dict(rope_theta=10000.0)), tmp_path / "theirs")
@@ -317,7 +451,10 @@ def test_saved_model_loads_in_transformers_and_here(name, tmp_path):
     assert not any(info.values())
     assert_same_logits(theirs, ours)
     again = models.load(str(tmp_path / "ours"))
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours.named_parameters(), again.named_parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for (_, a), (_, b) in zip(ours.named_parameters(), again.named_parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
@@ -350,14 +487,28 @@ def test_loading_in_bf16_never_takes_fp32s_memory(tmp_path):
 def test_create_is_a_function_of_the_seed_and_of_the_configs_spread():
     a, b, c = (models.create(dict(TINY, hidden_size=64), seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert not torch.equal(a.embed, c.embed) and abs(float(a.embed.detach().std()) / TINY["initializer_range"] - 1) < 0.1
+    assert (
+        not torch.equal(a.embed, c.embed)
+        and abs(float(a.embed.detach().std()) / TINY["initializer_range"] - 1) < 0.1
+    )
     assert torch.equal(a.norm.weight, torch.ones(64))
 
 
-# ----------------------------------------------------------------------------------------- always true 3: a shared prompt is separate sequences
-ODD = dict(TINY, model_type="qwen3", head_dim=8, num_attention_heads=6, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=False)
+# ------------------------------------------------------- always true 3: a shared prompt is separate sequences
+ODD = dict(
+    TINY,
+    model_type="qwen3",
+    head_dim=8,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    attention_bias=True,
+    tie_word_embeddings=False,
+)
 CASES = {
-    "ragged groups": ([[1, 2, 3, 4, 5], [6], [7, 8]], [[[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]], [[1, 1, 1, 1]], [[9, 8], [2]]]),
+    "ragged groups": (
+        [[1, 2, 3, 4, 5], [6], [7, 8]],
+        [[[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]], [[1, 1, 1, 1]], [[9, 8], [2]]],
+    ),
     "one token completions": ([[3, 4], [5]], [[[1], [1], [2]], [[7]]]),
     "one token prompts": ([[0], [0], [47]], [[[0, 0]], [[0, 1], [0, 0, 0]], [[47]]]),
     "one sequence": ([[5, 6, 7]], [[[8, 9]]]),
@@ -368,7 +519,7 @@ CASES = {
 
 
 def one_by_one(model, prompts, completions):
-    """logp and entropy of every completion token from whole logits of each sequence by itself: the ten-line loop that is the oracle."""
+    """The ten-line oracle: logp and entropy from the whole logits of each sequence by itself."""
     logps, entropies = [], []
     for prompt, group in zip(prompts, completions):
         for completion in group:
@@ -380,15 +531,22 @@ def one_by_one(model, prompts, completions):
     return torch.cat(logps), torch.cat(entropies)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+)
 @pytest.mark.parametrize("config", [TINY, ODD], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("case", CASES)
-def test_shared_prompt_equals_separate_sequences_in_logits_loss_and_every_gradient(case, config, dtype, tolerance):
+def test_shared_prompt_equals_separate_sequences_in_logits_loss_and_every_gradient(
+    case, config, dtype, tolerance
+):
     model = models.create(dict(config), seed=3, dtype=dtype)
     prompts, completions = CASES[case]
     g = torch.Generator().manual_seed(1)
     results = []
-    for function in (lambda: model.completion_logprobs(prompts, completions)[:2], lambda: one_by_one(model, prompts, completions)):
+    for function in (
+        lambda: model.completion_logprobs(prompts, completions)[:2],
+        lambda: one_by_one(model, prompts, completions),
+    ):
         logp, entropy = function()
         a, b = (torch.randn(len(logp), generator=g.manual_seed(s), dtype=dtype) for s in (1, 2))
         loss = (logp * a).sum() + (entropy * b).sum()
@@ -405,12 +563,18 @@ def test_logp_equals_transformers_token_by_token(tmp_path):
     """The whole way: files, packing, shift by one, head; rows number completions over all groups."""
     theirs = oracle(FAMILIES["qwen2"], tmp_path)
     prompts, completions = CASES["ragged groups"]
-    logp, entropy, rows = models.load(str(tmp_path)).completion_logprobs(prompts, completions, temperature=0.7)
+    logp, entropy, rows = models.load(str(tmp_path)).completion_logprobs(
+        prompts, completions, temperature=0.7
+    )
     flat = [(p, c) for p, group in zip(prompts, completions) for c in group]
     assert rows.tolist() == [i for i, (_, c) in enumerate(flat) for _ in c]
     for i, (prompt, completion) in enumerate(flat):
-        z = (theirs(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
-        torch.testing.assert_close(logp[rows == i], z[range(len(completion)), completion], rtol=2e-5, atol=2e-5)
+        z = (theirs(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(
+            -1
+        )
+        torch.testing.assert_close(
+            logp[rows == i], z[range(len(completion)), completion], rtol=2e-5, atol=2e-5
+        )
         torch.testing.assert_close(entropy[rows == i], -(z.exp() * z).sum(-1), rtol=2e-5, atol=2e-5)
 
 
@@ -419,13 +583,23 @@ def test_shared_prompt_equals_separate_sequences_on_a_real_model(smollm2):
     model = models.load(smollm2)
     prompts, completions = [list(range(100, 130)), [9]], [[[5, 6, 7, 8], [9, 2]], [[11, 2]]]
     with torch.no_grad():
-        ours, theirs = model.completion_logprobs(prompts, completions)[:2], one_by_one(model, prompts, completions)
+        ours, theirs = (
+            model.completion_logprobs(prompts, completions)[:2],
+            one_by_one(model, prompts, completions),
+        )
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("prompts, completions, said", [
-    ([[]], [[[1]]], "prompt is empty"), ([[1]], [[[2], []]], "completion 1 is empty"), ([[1] * 40], [[[1] * 25]], "65 tokens"), ([[1] * 65], [[]], "65 tokens")])
+@pytest.mark.parametrize(
+    "prompts, completions, said",
+    [
+        ([[]], [[[1]]], "prompt is empty"),
+        ([[1]], [[[2], []]], "completion 1 is empty"),
+        ([[1] * 40], [[[1] * 25]], "65 tokens"),
+        ([[1] * 65], [[]], "65 tokens"),
+    ],
+)
 def test_what_cannot_be_packed_is_refused_in_a_sentence(tiny, prompts, completions, said):
     with pytest.raises(ValueError, match=said):
         tiny.completion_logprobs(prompts, completions)
@@ -443,13 +617,21 @@ def test_rope_angles_stay_fp32_in_a_bf16_model():
     assert model.to(torch.bfloat16).inv_freq.dtype == torch.float32 and "inv_freq" not in model.state_dict()
 
 
-# ------------------------------------------------------------------------------------------------ always true 2: micro-batches
+# ------------------------------------------------------------------------------- always true 2: micro-batches
 def loss_and_gradients(model, prompts, completions, micro_tokens):
-    weight = [[torch.randn(len(c), generator=torch.Generator().manual_seed(31 * b + g)) for g, c in enumerate(group)] for b, group in enumerate(completions)]
+    weight = [
+        [
+            torch.randn(len(c), generator=torch.Generator().manual_seed(31 * b + g))
+            for g, c in enumerate(group)
+        ]
+        for b, group in enumerate(completions)
+    ]
     model.zero_grad()
     total, cuts = 0.0, models.micro_batches(prompts, completions, micro_tokens)
     for cut in cuts:
-        logp, entropy, _ = model.completion_logprobs([prompts[b] for b, _ in cut], [[completions[b][g] for g in members] for b, members in cut])
+        logp, entropy, _ = model.completion_logprobs(
+            [prompts[b] for b, _ in cut], [[completions[b][g] for g in members] for b, members in cut]
+        )
         w = torch.cat([weight[b][g] for b, members in cut for g in members])
         loss = (logp * w).sum() - 0.1 * entropy.sum()
         loss.backward()
@@ -461,7 +643,9 @@ def test_gradient_does_not_depend_on_micro_batches(tiny):
     g = torch.Generator().manual_seed(5)
     length = lambda low, high: int(torch.randint(low, high, (), generator=g))
     prompts = [torch.randint(0, 48, (length(1, 20),), generator=g).tolist() for _ in range(4)]
-    completions = [[torch.randint(0, 48, (length(0, 20),), generator=g).tolist() for _ in range(5)] for _ in range(4)]
+    completions = [
+        [torch.randint(0, 48, (length(0, 20),), generator=g).tolist() for _ in range(5)] for _ in range(4)
+    ]
     whole, counts = loss_and_gradients(tiny, prompts, completions, 10**6), set()
     for micro_tokens in (200, 100, 60, 35, 20, 5, 1):  # from 50 on a group is larger than one micro-batch
         cut = loss_and_gradients(tiny, prompts, completions, micro_tokens)
@@ -472,7 +656,9 @@ def test_gradient_does_not_depend_on_micro_batches(tiny):
     assert whole[2] == 1 and len(counts) >= 5
 
 
-BATCH = st.lists(st.tuples(st.integers(1, 60), st.lists(st.integers(0, 90), max_size=9)), min_size=1, max_size=12)
+BATCH = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.integers(0, 90), max_size=9)), min_size=1, max_size=12
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -487,13 +673,18 @@ def test_micro_batches_hold_every_completion_once_within_the_limit_and_balanced(
     found = sorted((b, g) for cut in cuts for b, members in cut for g in members)
     assert found == sorted((b, g) for b, (_, owns) in enumerate(batch) for g, C in enumerate(owns) if C)
     assert all(members and members == sorted(members) for cut in cuts for _, members in cut)
-    assert all([b for b, _ in cut] == sorted({b for b, _ in cut}) for cut in cuts), "a prompt stands twice in a micro-batch"
+    assert all([b for b, _ in cut] == sorted({b for b, _ in cut}) for cut in cuts), (
+        "a prompt stands twice in a micro-batch"
+    )
     sizes = [sum(batch[b][0] + sum(batch[b][1][g] for g in members) for b, members in cut) for cut in cuts]
     for size, cut in zip(sizes, cuts):
         assert size <= micro_tokens or [len(members) for _, members in cut] == [1]
-    # balanced: only a fullest one that is a single piece can leave another under a third of it; parts of a group that meet save a prompt
+    # balanced: only a fullest one that is a single piece can leave another under a third of it; parts of a
+    # group that meet save a prompt
     if cuts and len(cuts[0]) > 1:
-        assert min(sizes) >= max(sizes) / 3 or any(len([1 for cut in cuts if b in dict(cut)]) > 1 for b in range(len(batch)))
+        assert min(sizes) >= max(sizes) / 3 or any(
+            len([1 for cut in cuts if b in dict(cut)]) > 1 for b in range(len(batch))
+        )
     # few: more would be needed only if every one were less than half full
     pieces = [batch[b][0] + sum(batch[b][1][g] for g in members) for cut in cuts for b, members in cut]
     if max(pieces, default=0) <= micro_tokens / 2:
@@ -515,14 +706,18 @@ def test_micro_batches_are_hardly_more_than_first_fit_needs(sizes, micro_tokens)
 
 
 def test_group_too_large_is_cut_evenly():
-    """Filled one after another, nine completions of 20 behind a prompt of 10 went 5 + 4, and ten of them 5 + 5 + a last one of 0 alone."""
+    """Filled one after another, 9 completions of 20 after a prompt of 10 went 5 + 4."""
     for n in (6, 9, 10, 11, 16):
-        parts = [len(members) for cut in models.micro_batches([[1] * 10], [[[1] * 20] * n], 110) for _, members in cut]
+        parts = [
+            len(members)
+            for cut in models.micro_batches([[1] * 10], [[[1] * 20] * n], 110)
+            for _, members in cut
+        ]
         assert max(parts) - min(parts) <= 1 and len(parts) == -(-n // 5)
 
 
 def test_one_long_completion_does_not_scatter_the_rest():
-    """While any micro-batch was over the limit one more was added, so one completion longer than micro_tokens gave every group its own."""
+    """One more was added while any was over the limit: one very long completion gave every group its own."""
     cuts = models.micro_batches([[1] * 5] * 9, [[[1] * 500]] + [[[1] * 20]] * 8, 100)
     assert sorted(len(cut) for cut in cuts) == [1, 4, 4]
     assert cuts[0] == [(0, [0])], "the fullest is first: what does not fit in memory fails at once"
