@@ -6,6 +6,7 @@
 A program with statement tests takes two sandboxes (its own and the judge's), a stdin test one. `bare` is the same Python, started without any of it: the
 floor for a way that gives each program a fresh process.
 """
+
 import argparse
 import os
 import subprocess
@@ -32,15 +33,29 @@ def main():
     a = p.parse_args()
     start = time.perf_counter()
     mode, held = sandbox.choose()
-    print(f"mode {mode}, isolates {', '.join(held)}; found out in {time.perf_counter() - start:.2f} s; {a.workers} workers, {os.cpu_count()} cores")
+    print(
+        f"mode {mode}, isolates {', '.join(held)}; found out in {time.perf_counter() - start:.2f} s; {a.workers} workers, {os.cpu_count()} cores"
+    )
     bare = [sandbox.PYTHON, "-s", "-S", "-B", "-c", "import json, os, resource"]
-    timed("bare Python, one after the other", a.programs, lambda: [subprocess.run(bare, check=True) for _ in range(a.programs)])
-    source, statement, typed = "def add(a, b):\n    return a + b", ["assert add(1, 2) == 3"], [dict(input="1 2", output="3")]
+    timed(
+        "bare Python, one after the other",
+        a.programs,
+        lambda: [subprocess.run(bare, check=True) for _ in range(a.programs)],
+    )
+    source, statement, typed = (
+        "def add(a, b):\n    return a + b",
+        ["assert add(1, 2) == 3"],
+        [dict(input="1 2", output="3")],
+    )
     jobs = [(source, statement)] * a.programs
-    verdicts = timed("statement tests", a.programs, lambda: sandbox.check_all(jobs, workers=a.workers, seconds=20))
+    verdicts = timed(
+        "statement tests", a.programs, lambda: sandbox.check_all(jobs, workers=a.workers, seconds=20)
+    )
     assert verdicts == [["passed"]] * a.programs, verdicts
     jobs = [("print(sum(map(int, input().split())))", typed)] * a.programs
-    verdicts = timed("stdin tests", a.programs, lambda: sandbox.check_all(jobs, workers=a.workers, seconds=20))
+    verdicts = timed(
+        "stdin tests", a.programs, lambda: sandbox.check_all(jobs, workers=a.workers, seconds=20)
+    )
     assert verdicts == [["passed"]] * a.programs, verdicts
 
 

@@ -6,12 +6,23 @@ It starts from random numbers. The supervised warm-up shows two ways to add thre
 learn in a minute, and less often the sum worked digit by digit. After it the model answers straight away and is wrong. GRPO rewards right
 answers and nothing else, and the model learns to work.
 """
+
+
 def worked(completions, **_):
     return [float("<" in c) for c in completions]
 
 
-scratch = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-               rope_theta=30.0, initializer_range=0.05, tie_word_embeddings=True)  # 40 positions: fast waves tell them apart
+scratch = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    rope_theta=30.0,
+    initializer_range=0.05,
+    tie_word_embeddings=True,
+)  # 40 positions: fast waves tell them apart
 alphabet = "0123456789+=<>,_^"
 task = "arithmetic"
 task_options = dict(style="chars", digits=3, worked_share=0.28)

@@ -5,10 +5,13 @@
 
 sandbox = "strict" refuses to start on a machine that cannot shut a program in; "auto" takes what there is, and the run's first lines say what that is.
 """
+
 model = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 task = "code"
 sandbox = "strict"
-system_prompt = "Write Python. Answer with one block between ```python and ```, with no examples of use in it."
+system_prompt = (
+    "Write Python. Answer with one block between ```python and ```, with no examples of use in it."
+)
 rewards = [("code", 1.0)]
 
 prompts_per_step, group_size, micro_tokens = 8, 16, 16384

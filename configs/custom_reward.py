@@ -5,11 +5,14 @@
 A reward gets the completions, the prompts and every column of the rows (here `answer`), each as a list with one entry a completion, and returns as many numbers,
 or None for what cannot be scored. It may be async. Weight 0: shown, and not trained on. A name is a reward of rewards.py.
 """
+
 _COLOURS = {"red", "green", "blue", "yellow", "black", "white"}
 
 
 def names_a_colour(completions, **_):
-    return [float(any(word.strip(".,!") in _COLOURS for word in text.lower().split())) for text in completions]
+    return [
+        float(any(word.strip(".,!") in _COLOURS for word in text.lower().split())) for text in completions
+    ]
 
 
 def short(completions, completion_ids, max_new_tokens, **_):

@@ -6,6 +6,7 @@
 Each line of the files, in data_dir or where they are named, has a `problem` and an `answer` (or a `solution` that ends in \\boxed{answer}). Dr. GRPO's
 choices: no division by the spread or by the length (arXiv:2503.20783).
 """
+
 model = "Qwen/Qwen2.5-1.5B-Instruct"
 task, train_file = "math", "math/train.jsonl"
 system_prompt = "Please reason step by step, and put your final answer within \\boxed{}."

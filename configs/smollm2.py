@@ -1,8 +1,9 @@
 """SmolLM2-135M-Instruct learns easy sums asked in words: a real chat model on a laptop CPU, about twenty minutes.
 
-    python train.py configs/smollm2.py                                    # downloads the model from the hub
-    python train.py configs/smollm2.py --model=models/smollm2-135m        # or takes a checkpoint folder
+python train.py configs/smollm2.py                                    # downloads the model from the hub
+python train.py configs/smollm2.py --model=models/smollm2-135m        # or takes a checkpoint folder
 """
+
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"
 task = "arithmetic"
 task_options = dict(style="words", low=1, high=9, held_out=0.3)  # 81 pairs: a tenth would be 7 problems
