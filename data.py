@@ -96,7 +96,7 @@ def columns(rows: list[dict], group_size: int) -> dict[str, list]:
     return {name: [row.get(name) for row in rows for _ in range(group_size)] for name in names}
 
 
-# ------------------------------------------------------------------------------------------- a task by its name
+# ----------------------------------------------------------------------------------- a task by its name
 def load_task(
     task: str | Callable,
     *,
@@ -129,7 +129,7 @@ def load_task(
 
 
 def task_function(name: str) -> Callable:
-    """The function that makes the rows of the task `name`: an entry of TASKS, or `task` of the module it names."""
+    """The function that TASKS has for a name, imported where it only names a module."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{nearest(name, TASKS)}")
     entry = TASKS[name]
@@ -156,7 +156,7 @@ def check_options(name: str, make: Callable, options: dict):
 
 
 def checked_rows(name: str, made) -> tuple:
-    """(train, eval rows) as a function of a config file made them; a ValueError where they are something else."""
+    """What a config file's function returned, (train, eval rows); ValueError where it is something else."""
     if not isinstance(made, (tuple, list)) or len(made) != 2:
         raise ValueError(f"the task {name!r} must return (train, eval_rows), and returned {short(made)}")
     train, eval_rows = made
@@ -197,7 +197,7 @@ def nearest(name: str, known) -> str:
 
 
 def name_of(function) -> str:
-    """A function's name without the brackets of <lambda>, that of the function inside a partial, or a class's."""
+    """A function's name, without the brackets of <lambda> and the partial around it, or a class's."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__).strip("<>")
@@ -210,18 +210,18 @@ def short(value) -> str:
     return text if len(text) <= 160 else text[:160] + ".."
 
 
-# ----------------------------------------------------------------------------------------- for rows that are made up
+# ---------------------------------------------------------------------------- for rows that are made up
 def hashed(*key) -> int:
-    """256 bits that depend on the key and nothing else: not on the process, as hash() does, nor on a library."""
+    """256 bits that depend on the key alone: not on the process, as hash() does, nor on a library."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=32).digest(), "little")
 
 
 def is_held_out(share: float, *problem) -> bool:
-    """Whether a problem is in the held-out share: a property of the problem alone, whatever the run's seed."""
+    """Whether a problem is in the held-out share: its own property, whatever the seed of the run."""
     return hashed(*problem) % 10**6 < share * 10**6
 
 
-# --------------------------------------------------------------------------------------------------------- GSM8K
+# ------------------------------------------------------------------------------------------------ GSM8K
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
 GSM8K_ROWS = {"train.jsonl": 7473, "test.jsonl": 1319}
 SOLUTION = re.compile(r"(.*)#### (-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*", re.DOTALL)  # the steps, then the answer
@@ -262,7 +262,7 @@ def gsm8k_file(data_dir: str, name: str) -> list[dict]:
 
 
 def gsm8k_rows(content: bytes, path: Path, remedy: str) -> list[dict]:
-    """Rows of a GSM8K file. A file that is not whole is refused: training on part of it would go unnoticed."""
+    """Rows of a GSM8K file. Part of a file is refused: training on it would go unnoticed."""
     wanted = GSM8K_ROWS[path.name]
     rows = []
     try:
@@ -283,11 +283,12 @@ def gsm8k_row(row: dict) -> dict:
     return dict(prompt=question, answer=answer, solution=f"{steps}#### {answer}", question=question)
 
 
-# --------------------------------------------------------------------------------------------------- files of rows
+# ---------------------------------------------------------------------------------------- files of rows
 def jsonl(*, data_dir, eval_problems, train_file=None, eval_file=None):
-    """Any file with one JSON object a line and a `prompt` in each; every other column is kept for the rewards.
+    """Any file with one JSON object a line and a `prompt` in each.
 
-    Without eval_file the last tenth of the rows, at most eval_problems, is held out and not trained on.
+    Every other column is kept for the rewards. Without eval_file the last tenth of the rows, at most
+    eval_problems, is held out and not trained on.
     """
     if not train_file:
         raise ValueError("the task 'jsonl' needs train_file=FILE, one JSON object with a `prompt` a line")
@@ -350,10 +351,11 @@ TASKS = {  # name -> the function that makes its rows, or the module that holds 
 }
 
 
-# ---------------------------------------------------------------------------------------------- from text to tokens
+# ---------------------------------------------------------------------------------- from text to tokens
 def prompt_ids(tokenizer, prompt, *, system: str = "", prefill: str = "") -> list[int]:
-    """Ids of a prompt (text or messages), after a system message and up to and with `prefill`, the answer's start.
+    """Ids of a prompt (text or messages).
 
+    They begin with a system message and end with `prefill`, the start of the answer.
     With a chat template the ids are the template's own, never those of its text tokenised again: that is
     where a second BOS comes from. Without one: system, blank line, prompt and prefill as one text.
     ValueError: empty, or not what template or tokenizer can take.
@@ -459,10 +461,11 @@ def stop_ids(tokenizer, folder: str | None = None) -> list[int]:
     return stops
 
 
-# --------------------------------------------------------------------------------------- what graders read in a text
-# A number: its sign, then 1,234,567 or 1234567, with or without decimals, or .5. A minus after a letter, a digit
-# or ")" is not a sign: 5-3, x-3. int() and float() are no parsers for this: they take "٣", "1_000" and "nan"; and
-# \d takes "٣" too. All counts are bounded and possessive (++), so that no text is slow.
+# -------------------------------------------------------------------------- what graders read in a text
+# A number: its sign, then 1,234,567 or 1234567, with or without decimals, or .5. A minus after a letter,
+# a digit or ")" is not a sign: 5-3, x-3. int() and float() are no parsers for this: they take "٣",
+# "1_000" and "nan"; and \d takes "٣" too. All counts are bounded and possessive (++), so that no text is
+# slow.
 SIGN = r"((?:(?<![\w)])[-+−])?)"
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,60}(?![0-9])|[0-9]{1,200}+)"
 NUMBER = rf"{SIGN}\$?({DIGITS}(?:\.[0-9]{{1,200}}+)?|(?<![0-9])\.[0-9]{{1,200}}+)"

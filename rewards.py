@@ -2,20 +2,20 @@
 
     rewards = [("gsm8k", 1.0), (my_reward, 0.5), ("format", 0.0)]                    # in a config file
 
-A pair is a name of REWARDS or a function, and its weight. A reward is
-`f(completions, prompts, **columns) -> list[float | None]`, TRL's signature, plain or async, and one written for
-TRL runs unchanged. Arguments go by name. Every column of the rows arrives as a list with an entry a completion,
-and the runner adds `completion_ids` (the sampled ids, the stop included), `group_size` and `max_new_tokens`. A
-function gets what its signature names, or everything if it takes **kwargs. The keyword defaults below are
-changed with functools.partial in a config file.
+A pair is a name of REWARDS or a function, and its weight. A reward is `f(completions, prompts, **columns)
+-> list[float | None]`, TRL's signature, plain or async, and one written for TRL runs unchanged. Arguments
+go by name. Every column of the rows arrives as a list with an entry a completion, and the runner adds
+`completion_ids` (the sampled ids, the stop included), `group_size` and `max_new_tokens`. A function gets
+what its signature names, or everything if it takes **kwargs. The keyword defaults below are changed with
+functools.partial in a config file.
 
 None means 'cannot be scored'. Anything else that is not a finite number stops the run with one sentence
 (RewardError).
 
-Text written by a model is read, never evaluated: numbers are parsed by a regular expression that knows ASCII
-digits only, into exact decimals. No function here raises on any text, and none takes more than milliseconds,
-however long or hostile the text is. Three in tasks/ ask others: `math` a process of its own that can be killed,
-`code` the sandbox (tasks/sandbox.py, imported only there), `judge` a server.
+Text written by a model is read, never evaluated: numbers are parsed by a regular expression that knows
+ASCII digits only, into exact decimals. No function here raises on any text, and none takes more than
+milliseconds, however long or hostile the text is. Three in tasks/ ask others: `math` a process of its own
+that can be killed, `code` the sandbox (tasks/sandbox.py, imported only there), `judge` a server.
 
 Here are the rewards that read a text or count tokens, then the runner. arithmetic, countdown, math, code and
 judge are in tasks/, each beside its rows.
@@ -45,7 +45,7 @@ from tasks.judge import judge
 from tasks.math import final_answer, mathematics
 
 
-# ------------------------------------------------------------------------------------------------- right or wrong
+# --------------------------------------------------------------------------------------- right or wrong
 def gsm8k(completions, prompts=None, *, answer, **_):
     """1 if the number after the last "####" equals the row's `answer`, else 0.
 
@@ -63,7 +63,7 @@ def gsm8k_lenient(completions, prompts=None, *, answer, **_):
 
 
 def same_number(said: Decimal | None, answer) -> float | None:
-    """Whether a number is the one that a row's answer is: 72, "72", "$1,234.50", or a solution's "#### 72"."""
+    """Whether a number is a row's answer, such as 72, "72", "$1,234.50" or a solution's "#### 72"."""
     right = only_number(str(answer).rpartition("####")[2])
     return None if right is None else float(said == right)
 
@@ -85,15 +85,15 @@ def marked_number(text: str) -> Decimal | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- the form
+# --------------------------------------------------------------------------------------------- the form
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format(completions, prompts=None, *, prefilled=True, **_):
     """1 if the whole completion is <think>..</think><answer>..</answer>, else 0.
 
-    Each tag is there once and nothing before, between or after. prefilled: the opening <think> may be missing,
-    since a chat template that writes it puts it into the prompt, not the completion.
+    Each tag is there once and nothing before, between or after. prefilled: the opening <think> may be
+    missing, since a chat template that writes it puts it into the prompt, not the completion.
     """
     return [float(well_formed(text_of(c).strip(), prefilled)) for c in completions]
 
@@ -131,7 +131,7 @@ def reasoning_steps(completions, prompts=None, *, enough=3, **_):
     return scores
 
 
-# ----------------------------------------------------------------------------------------------------- the length
+# ------------------------------------------------------------------------------------------- the length
 def length(completions, prompts=None, *, completion_ids, group_size, grade=gsm8k, **columns):
     """0.5 - (tokens - min) / (max - min), min and max within the group; a wrong answer gets at most 0.
 
@@ -168,9 +168,9 @@ def cosine(
 ):
     """From the first value of `right` or `wrong` for an empty completion to the second at max_new_tokens.
 
-    The way between is half a cosine. Right answers had better be short, wrong ones long: think more when it does
-    not work out (arXiv:2502.03373). The length is clamped at max_new_tokens, or the cosine would rise again.
-    grade: as in `length`; None where it cannot say.
+    The way between is half a cosine. Right answers had better be short, wrong ones long: think more when
+    it does not work out (arXiv:2502.03373). The length is clamped at max_new_tokens, or the cosine would
+    rise again. grade: as in `length`; None where it cannot say.
     """
     columns |= dict(completion_ids=completion_ids, max_new_tokens=max_new_tokens)
     scores = []
@@ -185,7 +185,7 @@ def cosine(
 
 
 def repetition(completions, prompts=None, *, completion_ids, n=3, worst=-1.0, **_):
-    """worst * (1 - distinct n-grams / n-grams) of the token ids: 0 when nothing is said twice, or could be."""
+    """worst * (1 - distinct n-grams / n-grams) of the token ids: 0 when nothing is said twice."""
     scores = []
     for ids in completion_ids:
         grams = list(zip(*(ids[i:] for i in range(n))))
@@ -203,7 +203,7 @@ def overlong(completions, prompts=None, *, completion_ids, max_new_tokens, margi
     return [max(-1.0, min(0.0, (max_new_tokens - margin - len(ids)) / margin)) for ids in completion_ids]
 
 
-# ---------------------------------------------------------------------------------------- small rules, as examples
+# ----------------------------------------------------------------------------- small rules, as examples
 def words(completions, prompts=None, *, words=("because",), **_):
     """The share of `words` that are in the completion as whole words, in any case.
 
@@ -258,8 +258,8 @@ REWARDS = {
 # Who is right in substance if not in form: reported beside the strict reward.
 LENIENT = {"gsm8k": gsm8k_lenient, "arithmetic": gsm8k_lenient}
 
-# What a grader looks for in a text. To find nothing to grade is another trouble than a wrong answer, and eval.py
-# tells the two apart. The other rewards grade any text.
+# What a grader looks for in a text. To find nothing to grade is another trouble than a wrong answer, and
+# eval.py tells the two apart. The other rewards grade any text.
 FINDS = {
     "gsm8k": marked_number,
     "gsm8k_lenient": any_number,
@@ -270,7 +270,7 @@ FINDS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------- the runner
+# ------------------------------------------------------------------------------------------- the runner
 def resolve(rewards) -> list[tuple]:
     """[(name or function, weight), ..] -> [(label, function, weight), ..], with distinct labels.
 
@@ -354,9 +354,9 @@ def score(
     parts that are not None, and None only where all of them are, as TRL has it; parts of weight 0 are only
     reported. timeout: seconds for each call (for all async ones together), None: no limit.
 
-    Raises RewardError where a reward raises, hangs, or returns anything but N numbers or None. A call runs in a
-    thread that is left behind when its time is up: unlike a signal that works in any process, but a call that
-    never lets go of the interpreter can't be ended.
+    Raises RewardError where a reward raises, hangs, or returns anything but N numbers or None. A call
+    runs in a thread that is left behind when its time is up: unlike a signal that works in any process,
+    but a call that never lets go of the interpreter can't be ended.
     """
     N = len(completions)
     assert len(prompts) == N and all(len(v) == N for v in columns.values()), (
@@ -419,8 +419,8 @@ def flat_groups(rewards) -> list[int]:
 class InBackground:
     """Calls, numbered, made one after another in a thread of their own while the caller goes on.
 
-    So a slow reward hides behind sampling: train.py submits a group when it is finished, while others are still
-    being sampled.
+    So a slow reward hides behind sampling: train.py submits a group when it is finished, while others are
+    still being sampled.
     """
 
     def __init__(self):
@@ -453,10 +453,11 @@ class InBackground:
         return results
 
 
-# -------------------------------------------------------------------------- one call of a reward, which may do anything
+# ---------------------------------------------------------- one call of a reward, which may do anything
 def call_all(rewards, known: dict, timeout: float | None) -> list:
     """What each reward returned or raised: the plain ones one after another, then the async ones together."""
-    calls = []  # all of them first, so that a column that the last one lacks is noticed before a slow one runs
+    # All arguments first: a column that the last reward lacks is noticed before a slow one runs.
+    calls = []
     for label, function, _ in rewards:
         calls.append(functools.partial(function, **arguments(label, function, known)))
     later = [i for i, (_, function, _) in enumerate(rewards) if is_async(function)]
@@ -504,9 +505,7 @@ def arguments(label: str, function, known: dict) -> dict:
 def is_async(function) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)
-    )
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
 
 
 async def gather(calls):

@@ -3,8 +3,9 @@
     task = load_task("arithmetic", style="chars", digits=3, worked_share=0.3)
     rewards = [("arithmetic", 1.0)]                                  # in a config file: configs/arithmetic.py
 
-A demonstration (`solution`) is either the bare answer or the sum worked column by column. The second is longer
-and easier to get right, so a model that is rewarded for right answers alone learns to work.
+A demonstration (`solution`) is either the bare answer or the sum worked column by column. The second is
+longer and easier to get right, so a model that is rewarded for right answers alone learns to work.
+
 Tests: python -m pytest tests/test_tasks.py
 """
 

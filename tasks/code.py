@@ -16,7 +16,7 @@ from data import from_jsonl, text_of
 PROBLEMS = Path(__file__).resolve().parent.parent / "configs" / "code.jsonl"
 
 
-# ------------------------------------------------------------------------------------------------------- the rows
+# --------------------------------------------------------------------------------------------- the rows
 def task(*, data_dir, eval_problems, train_file=str(PROBLEMS), eval_file=None, show=1):
     """Problems with a `prompt` and `tests` (what sandbox.check takes), or with the columns of MBPP.
 
@@ -40,7 +40,7 @@ def code_row(row: dict, show: int) -> dict:
     return dict(row, prompt=prompt, tests=list(tests))
 
 
-# ----------------------------------------------------------------------------------------------------- the reward
+# ------------------------------------------------------------------------------------------- the reward
 def code(
     completions,
     prompts=None,
@@ -55,9 +55,9 @@ def code(
 ):
     """The share of the row's `tests` that the last Python block passes in the sandbox; 0 without a block.
 
-    all_or_nothing: 1 if it passes all, else 0. tests: lists of what sandbox.check takes. A column `names` lists
-    what they call that Python has under that name too. None: no tests, a test that is no Python, a sandbox that
-    failed. seconds: of CPU for each program; all at their limit take N / workers times that.
+    all_or_nothing: 1 if it passes all, else 0. tests: lists of what sandbox.check takes. A column `names`
+    lists what they call that Python has under that name too. None: no tests, a test that is no Python, a
+    sandbox that failed. seconds: of CPU for each program; all at their limit take N / workers times that.
     """
     from tasks import sandbox
 
@@ -73,7 +73,7 @@ def code(
 
 
 def share_passed(tests, verdicts, all_or_nothing: bool) -> float | None:
-    """What `code` gives for the verdicts on one program: a list, an exception, or None if there is no program."""
+    """The score for one program's verdicts: a list, an exception, or None if there is no program."""
     if not tests or isinstance(verdicts, Exception):
         return None
     share = verdicts.count("passed") / len(verdicts) if verdicts else 0.0

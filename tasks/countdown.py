@@ -3,8 +3,9 @@
     task = load_task("countdown", least=3, most=4, high=25, largest=100)
     rewards = [("countdown", 1.0)]                                   # in a config file: configs/countdown.py
 
-The task of TinyZero (github.com/Jiayi-Pan/TinyZero) and arXiv:2504.01848. An expression that a model wrote is
-parsed into a tree and its value computed node by node; it is never evaluated by Python, where 99**99**99 hangs.
+The task of TinyZero (github.com/Jiayi-Pan/TinyZero) and arXiv:2504.01848. An expression that a model
+wrote is parsed into a tree and its value computed node by node; it is never evaluated by Python, where
+99**99**99 hangs.
 Tests: python -m pytest tests/test_tasks.py
 """
 
@@ -21,7 +22,7 @@ PROMPT = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------- the rows
+# --------------------------------------------------------------------------------------------- the rows
 def task(*, data_dir, eval_problems, least=3, most=4, high=25, largest=100, held_out=0.1, prompt=PROMPT):
     """Numbers and a target to make of them, each solvable, without end.
 
@@ -69,7 +70,7 @@ def countdown_row(seed, index, *, least, most, high, largest, held_out, prompt, 
 
 
 def drawn(u: int, least: int, most: int, high: int) -> tuple[list[int], int, str]:
-    """Numbers, target and an expression in parentheses that makes it; target 0 where a step does not work out.
+    """Numbers, a target and an expression that makes it; target 0 where a step does not work out.
 
     u: random bits, used up from the low end. These divisions decide which problems there are: a change of
     one of them changes every run.
@@ -106,7 +107,7 @@ def combined(a: int, op: str, b: int) -> int:
     return a // b if a % b == 0 else 0
 
 
-# ----------------------------------------------------------------------------------------------------- the reward
+# ------------------------------------------------------------------------------------------- the reward
 OPERATORS = {
     ast.Add: Fraction.__add__,
     ast.Sub: Fraction.__sub__,
@@ -121,9 +122,9 @@ PLAIN = str.maketrans("×÷−", "*/-")
 def countdown(completions, prompts=None, *, numbers, target, **_):
     """1 if the completion's expression makes `target` of `numbers`, each used once, else 0.
 
-    The expression is what the last <answer>..</answer> holds, else the last line: + - * / and parentheses, in
-    exact fractions; "= target" may follow. No powers, no //, no signs, at most 200 characters. None: the row's
-    numbers or target are no integers.
+    The expression is what the last <answer>..</answer> holds, else the last line: + - * / and
+    parentheses, in exact fractions; "= target" may follow. No powers, no //, no signs, at most 200
+    characters. None: the row's numbers or target are no integers.
     """
     scores = []
     for completion, given, wanted in zip(completions, numbers, target):

@@ -2,8 +2,9 @@
 
     rewards = [(partial(judge, url="http://localhost:8000/v1", model="NAME"), 1.0)]   # configs/judge.py
 
-The server speaks OpenAI's form: vLLM, llama.cpp, Ollama or a paid service. A judge can be talked to by the text
-it grades, so that text stands between marks it cannot know beforehand.
+The server speaks OpenAI's form: vLLM, llama.cpp, Ollama or a paid service. A judge can be talked to by
+the text it grades, so that text stands between marks it cannot know beforehand.
+
 Tests: python -m pytest tests/test_tasks.py
 """
 
@@ -92,7 +93,7 @@ def question(template: str, text: str, prompt: str, reference) -> str:
 
 
 async def verdict(pool, request, tries: int, seconds: float, problems: list) -> float | None:
-    """The score that one request gets, None if there is none after all tries; `problems` takes what went wrong."""
+    """The score that one request gets, None after `tries` failures; `problems` takes what went wrong."""
     loop = asyncio.get_running_loop()
     for attempt in range(tries):
         try:

@@ -3,9 +3,10 @@
     task = load_task("math", train_file="math/train.jsonl")
     rewards = [("math", 1.0)]                                        # in a config file: configs/math.py
 
-math-verify (pip install math-verify) compares, in a process of its own: it calls sympy, which may take for
-ever and can't be stopped from outside in any other way. math-verify's own limits are signals, which exist in a
-main thread only; in the threads that rewards are called in they made every score 0.
+math-verify (pip install math-verify) compares, in a process of its own: it calls sympy, which may take
+for ever and can't be stopped from outside in any other way. math-verify's own limits are signals, which
+exist in a main thread only; in the threads that rewards are called in they made every score 0.
+
 Tests: python -m pytest tests/test_tasks.py
 """
 
@@ -22,7 +23,7 @@ import threading
 from data import RewardError, any_number, from_jsonl, only_number, tagged, text_of
 
 
-# ------------------------------------------------------------------------------------------------------- the rows
+# --------------------------------------------------------------------------------------------- the rows
 def task(*, data_dir, eval_problems, train_file="math/train.jsonl", eval_file=None):
     """A file with one JSON object a line, as MATH has them (arXiv:2103.03874).
 
@@ -37,12 +38,13 @@ def math_row(row: dict) -> dict:
     return dict(row, prompt=prompt, answer=answer)
 
 
-# ----------------------------------------------------------------------------------------------------- the reward
+# ------------------------------------------------------------------------------------------- the reward
 def mathematics(completions, prompts=None, *, answer, seconds=10.0, **_):
     """1 if the final answer equals the row's `answer` as mathematics, else 0.
 
-    The last \\boxed{..} counts, else what is tagged <answer>, follows "####" or "answer is", the last formula,
-    the last number. None: the row's answer is not mathematics, or the comparison took `seconds` or died.
+    The last \\boxed{..} counts, else what is tagged <answer>, follows "####" or "answer is", the last
+    formula, the last number. None: the row's answer is not mathematics, or the comparison took `seconds`
+    or died.
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("the reward 'math' needs math-verify: pip install math-verify")
@@ -103,7 +105,7 @@ def boxed(text: str) -> str:
 
 
 def braced(text: str) -> str:
-    """What stands between the brace that a text begins with and its partner; "" where one of them is missing."""
+    """What stands between the brace that a text begins with and its partner; "" where there are not both."""
     if not text.startswith("{"):
         return ""
     depth = 0
@@ -125,15 +127,15 @@ def equal(right: str, said: str, seconds: float) -> float | None:
     return EQUALS.ask([right, said], seconds)
 
 
-# --------------------------------------------------------------------------------------- the process that compares
+# ---------------------------------------------------------------------------- the process that compares
 START_SECONDS = 120  # importing sympy takes a second, on a busy disk many
 
 
 class Equals:
-    """A process that compares with math-verify, started when first needed, and again when it had to be killed."""
+    """A process that compares with math-verify, started when needed, also after it had to be killed."""
 
-    # One question a line on stdin, one answer a line on stdout. Memory and CPU are limited, the latter anew for
-    # each question, so that it ends also when nobody is left to kill it.
+    # One question a line on stdin, one answer a line on stdout. Memory and CPU are limited, the latter
+    # anew for each question, so that it ends also when nobody is left to kill it.
     PROGRAM = """
 import json, logging, resource, sys, time
 import math_verify

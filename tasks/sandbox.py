@@ -1,12 +1,12 @@
 """Runs Python that a model wrote, with its tests, without trusting it.
 
-    check(source, ["assert add(1, 2) == 3", {"input": "1 2\\n", "output": "3\\n"}])  -> ["passed", "wrong output"]
-    check_all([(source, tests), ..])      the same for many, several at once
-    isolation()                           -> what holds on this machine, found out by trying
+    check(source, ["assert add(1, 2) == 3", {"input": "1 2\\n", "output": "3\\n"}])   -> ["passed", "passed"]
+    check_all([(source, tests), ..])                        the same for many, several at once
+    isolation()                                             what holds on this machine, found out by trying
 
-A naive harness runs program and tests in one interpreter, where the program can print the success mark, leave
-with exit(0), replace `assert`'s operands by objects that equal everything, or read the expected values off the
-stack. Here three parties never share a process:
+A naive harness runs program and tests in one interpreter, where the program can print the success mark,
+leave with exit(0), replace `assert`'s operands by objects that equal everything, or read the expected
+values off the stack. Here three parties never share a process:
 
     program   the model's code, in a sandbox of its own. It is asked "what is add(1, 2)?" and may answer with
               data (JSON of plain types).
@@ -18,19 +18,23 @@ stack. Here three parties never share a process:
 
 So the program can only be right by giving right answers, to inputs it sees and expected values it does not.
 
-What remains forgeable: answers known by heart; a test without an expected value (`assert f(x)`), or one that
-asks the returned object about itself (`assert f(x).ok()`) or hands it the expected value (`f(x).equals(3)`).
-What is lost: arguments are copies (a function that sorts its argument in place has no effect), a test cannot
-hand over a function or catch an exception class of the program's own, and only the standard library is there.
-The kernel itself is trusted: there is no seccomp filter, and memory is capped for each process, not for all of
-a program's `PROCESSES` together.
+What remains forgeable: answers known by heart; a test without an expected value (`assert f(x)`), or one
+that asks the returned object about itself (`assert f(x).ok()`) or hands it the expected value
+(`f(x).equals(3)`).
 
-A sandbox is made by the system's own unshare, mount, chroot, setpriv and timeout (util-linux, coreutils), as
-root or through a user namespace: a file system of nothing but /usr, Python (both read-only), /dev/null and a
-scratch folder of FILE_MB; no /proc, no /home, no keys in the environment; own process, network, IPC and mount
-namespaces; no privileges; limits. bwrap would do the same, and a second way would be tested half as well. Where
-the kernel allows no namespaces, what is left is: limits, no child processes, another user if we are root.
-isolation() then says so, and strict refuses.
+What is lost: arguments are copies (a function that sorts its argument in place has no
+effect), a test cannot hand over a function or catch an exception class of the program's own, and only the
+standard library is there.
+
+The kernel itself is trusted: there is no seccomp filter, and memory is capped
+for each process, not for all of a program's `PROCESSES` together.
+
+A sandbox is made by the system's own unshare, mount, chroot, setpriv and timeout (util-linux, coreutils),
+as root or through a user namespace: a file system of nothing but /usr, Python (both read-only), /dev/null
+and a scratch folder of FILE_MB; no /proc, no /home, no keys in the environment; own process, network, IPC
+and mount namespaces; no privileges; limits. bwrap would do the same, and a second way would be tested
+half as well. Where the kernel allows no namespaces, what is left is: limits, no child processes, another
+user if we are root. isolation() then says so, and strict refuses.
 
 Linux only. Needs the standard library and nothing else of ours.
 Tests: python -m pytest tests/test_sandbox.py, speed: python bench/sandbox.py
@@ -71,7 +75,7 @@ class SandboxError(ValueError):
     """The sandbox itself failed, or isolation is too weak: nothing is known about the program."""
 
 
-# ---------------------------------------------------------------------------------- what runs inside the sandboxes
+# ----------------------------------------------------------------------- what runs inside the sandboxes
 # Limits first, then one of three roles. It is text, so that nothing of it can run in this process.
 CHILD = r'''
 import builtins, json, operator, os, resource, sys
@@ -97,8 +101,8 @@ KINDS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def encode(x):
-    """x as JSON. Exact types stand for themselves, subclasses (Counter, namedtuple) for what they are built on,
-    other objects for a number. The methods are those of the base type: a subclass may lie."""
+    """x as JSON types. Subclasses (Counter, namedtuple) stand for what they are built on, other objects for a
+    number. The methods called are those of the base type: a subclass may lie."""
     if x is None or isinstance(x, bool):
         return x
     for base, method in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
@@ -235,15 +239,15 @@ if job["role"] == "judge":
 '''
 
 
-# ------------------------------------------------------------------------------------------------------ the sandbox
+# ------------------------------------------------------------------------------------------ the sandbox
 NAMESPACES = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
 
 
 def wrapper(mode: str, seconds: float) -> list[str]:
     """The command that a sandboxed command follows. The mount point is the folder it starts in.
 
-    timeout is the first process of the namespace: should this process be killed, it ends the sandbox, and with
-    the first process all others.
+    timeout is the first process of the namespace: should this process be killed, it ends the sandbox, and
+    with the first process all others.
     """
     ended = ["timeout", "-s", "KILL", f"{PATIENCE * seconds + 1:g}"]
     if mode == "plain":
@@ -376,8 +380,8 @@ def read_only(folder: str, content: bytes):
 def end(process):
     """Kills a sandbox from the inside out. When it returns, the namespace is gone.
 
-    The first process of the namespace takes all others with it, and each parent reaps its own child, so that no
-    zombie is left to whatever this machine's process 1 is.
+    The first process of the namespace takes all others with it, and each parent reaps its own child, so
+    that no zombie is left to whatever this machine's process 1 is.
     """
     if process.poll() is None:
         with contextlib.suppress(OSError):
@@ -411,7 +415,7 @@ def drained(process, deadline: float) -> tuple[bytes, str]:
     return bytes(said), "too slow"
 
 
-# -------------------------------------------------------------------------------------------------------- isolation
+# -------------------------------------------------------------------------------------------- isolation
 # A program that tries what it must not be able to do, and prints what was refused.
 PROBE = """
 import os, resource, socket
@@ -434,7 +438,8 @@ if os.getppid() == 1:
     said.append("processes")
 if refused(socket.create_connection, ("127.0.0.1", port), 2):
     said.append("network")
-places = [(folder + "/open", "r"), (folder + "/new", "w"), ("/usr/new", "w"), ("/new", "w"), ("/dev/new", "w")]
+places = [(folder + "/open", "r"), (folder + "/new", "w")]
+places += [(path, "w") for path in ("/usr/new", "/new", "/dev/new")]
 if all(refused(open, path, mode) for path, mode in places):
     said.append("files")
 if refused(forks):
@@ -460,8 +465,8 @@ def choose() -> tuple[str, tuple]:
                 break
     if not found:
         raise SandboxError(
-            "no program can be run apart on this machine: the sandbox needs Linux and the commands timeout and, "
-            "for isolation, unshare, mount, setpriv"
+            "no program can be run apart on this machine: the sandbox needs Linux and the commands timeout "
+            "and, for isolation, unshare, mount, setpriv"
         )
     return max(found, key=lambda f: len(f[1]))
 
@@ -496,7 +501,7 @@ def isolation(strict: bool = False) -> list[str]:
     return list(found)
 
 
-# ----------------------------------------------------------------------------------------------------- the verdicts
+# ----------------------------------------------------------------------------------------- the verdicts
 def check(source: str, tests: list, names=(), *, seconds: float = 4.0, memory_mb: int = 512) -> list[str]:
     """ "passed", or why not, for each test of a program.
 
@@ -505,8 +510,8 @@ def check(source: str, tests: list, names=(), *, seconds: float = 4.0, memory_mb
     neither define nor find in Python are the program's. seconds: CPU of all statements together, and of each
     stdin test; PATIENCE times as many on the clock.
 
-    Raises ValueError for a test that is no Python, SandboxError where a sandbox fails: then nothing is known of
-    the program.
+    Raises ValueError for a test that is no Python, SandboxError where a sandbox fails: then nothing is
+    known of the program.
     """
     statements = [test for test in tests if isinstance(test, str)]
     judged = iter(())
@@ -534,8 +539,8 @@ def check_statements(source, tests, seconds, memory_mb, names) -> list[str]:
         job = dict(role="program", source=source)
         stack.enter_context(started(job, fds=(program_reads, program_writes), **limits))
         job = dict(role="judge", tests=tests, names=asked, modules=modules)
-        judge = started(job, fds=(judge_reads, judge_writes), stdout=subprocess.PIPE, **limits)
-        judge = stack.enter_context(judge)
+        judging = started(job, fds=(judge_reads, judge_writes), stdout=subprocess.PIPE, **limits)
+        judge = stack.enter_context(judging)
         pipes.close()  # with ours open nobody would see the other end close
         said, why = drained(judge, deadline)
     verdicts = dict(json.loads(line) for line in said.split(b"\n") if line.endswith(b"]"))
@@ -589,11 +594,11 @@ def foreign(tests: tuple, names: tuple) -> tuple[list, list]:
 
 
 def check_all(jobs: list[tuple], *, workers: int | None = None, **options) -> list:
-    """check's verdicts for each (source, tests) or (source, tests, names), `workers` (default: one a core) at once.
+    """check's verdicts for each (source, tests) or (source, tests, names).
 
-    In the place of verdicts stands the SandboxError or ValueError that check raised. Programs that all run into
-    their limit take up to len(jobs) / workers * PATIENCE * seconds, and seconds apiece where they compute and do
-    not wait.
+    `workers` (default: one a core) are checked at once. In the place of verdicts stands the SandboxError or ValueError that check raised. Programs that all
+    run into their limit take up to len(jobs) / workers * PATIENCE * seconds, and seconds apiece where
+    they compute and do not wait.
     """
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(functools.partial(attempt, options), jobs))
