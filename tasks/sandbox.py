@@ -302,6 +302,18 @@ def system_folders() -> list[str]:
     return folders
 
 
+def limits_of(mode: str, seconds: float, memory_mb: int) -> dict[str, int]:
+    """The limits of each process (RLIMIT_..). Where nothing isolates, a program may not start another."""
+    return dict(
+        AS=memory_mb * 2**20,
+        CPU=math.ceil(seconds),
+        FSIZE=FILE_MB * 2**20,
+        NOFILE=64,
+        CORE=0,
+        NPROC=1 if mode == "plain" else PROCESSES + 2,  # two more: timeout and setpriv
+    )
+
+
 @contextlib.contextmanager
 def started(
     job: dict,
@@ -320,14 +332,7 @@ def started(
     mode = mode or choose()[0]
     command = [*wrapper(mode, seconds), PYTHON, "-s", "-S", "-B", "-X", "utf8", "-c", CHILD]
     uid = random.randint(*USERS) if mode == "plain" and os.geteuid() == 0 else 0
-    limits = dict(
-        AS=memory_mb * 2**20,
-        CPU=math.ceil(seconds),
-        FSIZE=FILE_MB * 2**20,
-        NOFILE=64,
-        CORE=0,
-        NPROC=1 if mode == "plain" else PROCESSES + 2,
-    )
+    limits = limits_of(mode, seconds, memory_mb)
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder(0o777 if uid else 0o700))
         ready, told = os.pipe()  # the child writes a byte to `told` when it begins with the job
@@ -596,9 +601,9 @@ def foreign(tests: tuple, names: tuple) -> tuple[list, list]:
 def check_all(jobs: list[tuple], *, workers: int | None = None, **options) -> list:
     """check's verdicts for each (source, tests) or (source, tests, names).
 
-    `workers` (default: one a core) are checked at once. In the place of verdicts stands the SandboxError or ValueError that check raised. Programs that all
-    run into their limit take up to len(jobs) / workers * PATIENCE * seconds, and seconds apiece where
-    they compute and do not wait.
+    `workers` (default: one a core) are checked at once. In the place of verdicts stands the SandboxError or
+    ValueError that check raised. Programs that all run into their limit take up to
+    len(jobs) / workers * PATIENCE * seconds, and seconds apiece where they compute and do not wait.
     """
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(functools.partial(attempt, options), jobs))
