@@ -1,10 +1,10 @@
-"""Answers graded by another model, behind any endpoint of OpenAI's form (vLLM, llama.cpp, Ollama, a paid service): one GPU of 24 GB.
+"""Answers graded by another model, behind any endpoint of OpenAI's form: one GPU of 24 GB.
 
-    vllm serve Qwen/Qwen2.5-7B-Instruct                 # or another server; its key, if it wants one, in
-    OPENAI_API_KEY python train.py configs/judge.py --train_file=prompts.jsonl
+    vllm serve Qwen/Qwen2.5-7B-Instruct                 # or llama.cpp, Ollama, a paid service
+    python train.py configs/judge.py --train_file=prompts.jsonl
 
-A judge likes long answers, and a policy finds that out: the length is held down by a reward of its own.
-Read rollouts/.
+The server's key, if it wants one, is taken from OPENAI_API_KEY. A judge likes long answers, and a policy finds
+that out: the length is held down by a reward of its own. Read rollouts/.
 """
 
 from functools import partial
