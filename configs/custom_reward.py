@@ -4,9 +4,9 @@
 
 A real chat model learns on a laptop CPU to give short answers that name a colour.
 
-A reward gets the completions, the prompts and every column of the rows (here `answer`), each as a list with one
-entry a completion, and returns as many numbers, or None for what cannot be scored. It may be async. Weight 0:
-shown, and not trained on. A name is a reward of rewards.py.
+A reward gets the completions, the prompts and every column of the rows (here `answer`), each as a list
+with one entry a completion, and returns as many numbers, or None for what cannot be scored. It may be
+async. Weight 0: shown, and not trained on. A name is a reward of rewards.py.
 """
 
 _COLOURS = {"red", "green", "blue", "yellow", "black", "white"}

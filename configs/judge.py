@@ -3,8 +3,8 @@
     vllm serve Qwen/Qwen2.5-7B-Instruct                 # or llama.cpp, Ollama, a paid service
     python train.py configs/judge.py --train_file=prompts.jsonl
 
-The server's key, if it wants one, is taken from OPENAI_API_KEY. A judge likes long answers, and a policy finds
-that out: the length is held down by a reward of its own. Read rollouts/.
+The server's key, if it wants one, is taken from OPENAI_API_KEY. A judge likes long answers, and a policy
+finds that out: the length is held down by a reward of its own. Read rollouts/.
 """
 
 from functools import partial
