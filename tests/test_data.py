@@ -1,4 +1,4 @@
-"""Tasks and prompts: the same rows for the same (seed, step), held-out rows never trained on, no half file taken for a whole one, no second BOS."""
+"""Rows and prompts: the same rows for the same (seed, step), no half file taken for whole, no second BOS."""
 
 import http.server
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALPHABET = "0123456789+=<>,_^"
 
 
-# --------------------------------------------------------------------------------------------------------- rows of a step
+# --------------------------------------------------------------------------------------- rows of a step
 def finite(n, **keys):
     return data.Task("mine", [dict(prompt=str(i)) for i in range(n)], [], **keys)
 
@@ -51,7 +51,7 @@ def test_rows_do_not_depend_on_batch_size_or_on_what_was_asked_before():
 
 
 def test_rows_are_the_same_in_another_process_and_for_ever():
-    """hash() differs from process to process and a library's shuffle from version to version: these numbers are written down."""
+    """hash() differs between processes, a library's shuffle between versions: these are written down."""
     assert [r["prompt"] for r in finite(10).batch(0, 10, 0)] == list("0291854367")
     assert [r["prompt"] for r in load_task("arithmetic").batch(0, 3, 0)] == [
         "319+866=",
@@ -78,7 +78,7 @@ def test_columns_repeat_each_row_for_its_group_and_give_none_where_a_row_has_non
     assert data.columns(rows, 2) == dict(answer=["1", "1", None, None], tests=[None, None, [2], [2]])
 
 
-# -------------------------------------------------------------------------------------------------------------------- GSM8K
+# ------------------------------------------------------------------------------------------------ GSM8K
 def gsm8k_line(i):
     return (
         json.dumps(
@@ -97,7 +97,11 @@ def whole_file(name):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves /mode/NAME: whole, cut (fewer bytes than announced), short (half the rows, announced as such), page (not the data), none (404)."""
+    """Serves /mode/NAME. The mode is one of
+
+    whole; cut (fewer bytes than announced); short (half the rows, announced as such); page (not the data);
+    none (404).
+    """
 
     asked = []
 
@@ -216,7 +220,8 @@ def test_the_real_gsm8k():
     folder = next((str(place) for place in places if (place / "test.jsonl").exists()), None)
     if folder is None:
         pytest.skip(
-            "needs GSM8K's train.jsonl and test.jsonl in data/gsm8k or in the folder that NANOGRPO_GSM8K names"
+            "needs GSM8K's train.jsonl and test.jsonl in data/gsm8k or in the folder that NANOGRPO_GSM8K "
+            "names"
         )
     task = load_task("gsm8k", data_dir=folder, eval_problems=2000)
     assert len(task.train) == 7473 and len(task.eval) == 1319
@@ -232,7 +237,7 @@ def test_the_real_gsm8k():
     assert not {r["prompt"] for r in task.train} & {r["prompt"] for r in task.eval}
 
 
-# -------------------------------------------------------------------------------------------------------------------- jsonl
+# ------------------------------------------------------------------------------------------------ jsonl
 def write(path, rows):
     path.write_bytes(
         b"\n".join(
@@ -299,7 +304,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         load_task("jsonl")
 
 
-# ----------------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------- prompts
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -311,7 +316,7 @@ NO_SYSTEM = (
 
 
 def bpe(template=None, *, bos=True, eos=False):
-    """A byte-level tokenizer of 256 bytes, a few merges and special tokens, which begins every text with <s>, as Llama's does."""
+    """A byte-level tokenizer with a few merges, which begins every text with <s>, as Llama's does."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "the"), ("s", "t")]
     for pair in merges:
@@ -350,7 +355,7 @@ def test_ids_are_those_of_the_rendered_template_tokenised_once(text, system, pre
 
 
 def test_there_is_one_bos_whoever_writes_it():
-    """Elsewhere the rendered template, which begins with BOS, was tokenised again by a tokenizer that puts a BOS first."""
+    """Elsewhere the rendered template, BOS and all, was tokenised again by a tokenizer that adds a BOS."""
     for tokenizer in (bpe(TEMPLATE), bpe(TEMPLATE, bos=False), bpe()):
         for prompt in ("the answer", CHAT):
             ids = prompt_ids(tokenizer, prompt, system="Be brief.", prefill="the")
@@ -392,7 +397,7 @@ def test_without_a_chat_template_the_prompt_is_plain_text():
 
 
 def test_an_answer_does_not_begin_after_a_stop_token():
-    """Some tokenizers end every text with the stop token; a prompt that ends so makes a model start another text."""
+    """Some tokenizers end every text with the stop token: after it a model starts another text."""
     assert prompt_ids(bpe(eos=True), "the") == prompt_ids(bpe(), "the")
 
 
@@ -409,7 +414,7 @@ def test_an_empty_prompt_is_refused():
         prompt_ids(char_tokenizer(ALPHABET), "")
 
 
-# --------------------------------------------------------------------------------------------------- characters, stop tokens
+# ------------------------------------------------------------------------------ characters, stop tokens
 @given(st.text(alphabet="aB 0.,'!?<>\n\té√", max_size=30))
 def test_characters_come_back_as_they_were(text):
     tokenizer = char_tokenizer("aB 0.,'!?<>\n\té√")

@@ -1,4 +1,4 @@
-"""Rewards: each hole that was seen elsewhere is closed, and whatever a reward does, the runner says it in one sentence."""
+"""Rewards: holes that were seen elsewhere are closed; whatever a reward does, it ends in one sentence."""
 
 import asyncio
 import functools
@@ -35,7 +35,7 @@ def one(name, text, answer="42", **columns):
     return REWARDS[name]([text], ["question"], answer=[answer], **columns)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ right or wrong
+# --------------------------------------------------------------------------------------- right or wrong
 @pytest.mark.parametrize(
     "text",
     [
@@ -208,7 +208,8 @@ def gsm8k_solutions():
     )
     if folder is None:
         pytest.skip(
-            "needs GSM8K's train.jsonl and test.jsonl in data/gsm8k or in the folder that NANOGRPO_GSM8K names"
+            "needs GSM8K's train.jsonl and test.jsonl in data/gsm8k or in the folder that NANOGRPO_GSM8K "
+            "names"
         )
     return [
         json.loads(line)["answer"]
@@ -232,7 +233,7 @@ def test_gsm8ks_own_solutions_are_all_right_and_none_with_another_number():
     assert sum(R.gsm8k([s.replace("####", "so") for s in solutions], answer=answers)) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------- the form
+# --------------------------------------------------------------------------------------------- the form
 @pytest.mark.parametrize(
     "text, right",
     [
@@ -262,7 +263,7 @@ def test_format_is_the_whole_completion(text, right):
 
 
 def test_format_allows_for_a_tag_that_the_template_wrote():
-    """Elsewhere the reward is 0 for ever when the chat template ends in <think>, since the completion then begins after it."""
+    """Elsewhere the reward stays 0 if the chat template ends in <think>: the completion begins after it."""
     assert R.format(["a</think><answer>b</answer>"]) == [1.0]
     assert R.format(
         ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"], prefilled=False
@@ -309,7 +310,7 @@ def test_reasoning_steps_are_counted_line_by_line(text, hits):
     assert one("reasoning_steps", text) == pytest.approx(hits / 3)
 
 
-# --------------------------------------------------------------------------------------------------------------- the length
+# ------------------------------------------------------------------------------------------- the length
 def ids(*lengths):
     return [list(range(n)) for n in lengths]
 
@@ -386,7 +387,7 @@ def test_small_rules():
     ) == [2.0, None]
 
 
-# ------------------------------------------------------------------------------------------------------------- hostile text
+# ----------------------------------------------------------------------------------------- hostile text
 HOSTILE = {
     "tags": "<think>" * 10**5,
     "all tags": "<think></think><answer></answer>" * 25_000,
@@ -522,7 +523,7 @@ def test_rewards_give_finite_numbers_on_any_text(texts, data):
         assert len(scores) == len(texts) and all(s is None or math.isfinite(s) for s in scores)
 
 
-# --------------------------------------------------------------------------------------------------------------- the runner
+# ------------------------------------------------------------------------------------------- the runner
 def run(reward, completions=("a", "b", "c"), prompts=None, columns=None, **keys):
     """Parts and reward of one function, or of pairs of function and weight."""
     rewards = reward if isinstance(reward, list) else [(reward, 1.0)]
@@ -633,7 +634,8 @@ def test_a_reward_gets_only_what_its_signature_takes(reward):
 def test_a_column_that_a_reward_needs_and_rows_lack_is_named():
     with pytest.raises(
         RewardError,
-        match="reward 'gsm8k' wants 'answer', and a row gives only completions, prompts, group_size, question",
+        match="reward 'gsm8k' wants 'answer', "
+        "and a row gives only completions, prompts, group_size, question",
     ):
         run("gsm8k", columns=dict(question=list("abc")))
     with pytest.raises(RewardError, match="column 'completions'.*rename"):
@@ -662,7 +664,8 @@ def test_numbers_of_other_kinds_are_numbers():
     torch = pytest.importorskip("torch")
     values = [True, 2, np.float32(0.5)]
     for result in (values, tuple(values), np.array([1.0, 2.0, 0.5]), torch.tensor([1.0, 2.0, 0.5])):
-        np.testing.assert_array_equal(run(lambda completions: result)[1], [1.0, 2.0, 0.5])
+        _, reward = run(functools.partial(lambda completions, result: result, result=result))
+        np.testing.assert_array_equal(reward, [1.0, 2.0, 0.5])
 
 
 @pytest.mark.parametrize(

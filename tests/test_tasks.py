@@ -1,4 +1,4 @@
-"""The tasks of tasks/: held-out problems are never trained on, and no text makes a grader wrong, slow or fail."""
+"""The tasks of tasks/: held-out problems are never trained on, and no text fools, slows or stops a grader."""
 
 import functools
 import http.server
@@ -27,7 +27,7 @@ from test_data import write
 from test_rewards import HAS_MATH, HOSTILE, fuzz, one, run
 
 
-# --------------------------------------------------------------------------------------------------------------- arithmetic
+# ------------------------------------------------------------------------------------------- arithmetic
 @pytest.mark.parametrize(
     "options",
     [
@@ -140,7 +140,7 @@ def test_arithmetic_wants_exactly_the_answer_after_the_work(text, right):
     assert one("arithmetic", text, "932") == one("arithmetic", text, 932) == right
 
 
-# ---------------------------------------------------------------------------------------------------------------- countdown
+# -------------------------------------------------------------------------------------------- countdown
 def countdown_key(row):
     return (*sorted(row["numbers"]), row["target"])
 
@@ -199,7 +199,7 @@ def test_countdown_rows_are_the_same_for_ever_and_its_held_out_ones_for_every_se
         load_task("countdown", least=5, most=4)
 
 
-# ------------------------------------------------------------------------------------------------------------- a sum to make
+# ---------------------------------------------------------------------------------------- a sum to make
 @pytest.mark.parametrize(
     "text, right",
     [
@@ -266,7 +266,7 @@ def test_countdown_is_exact_and_cannot_score_a_row_without_integers():
     assert countdown(["1"] * 4, numbers=[None, [1.0], "1", [1]], target=[1, 1, 1, "1"]) == [None] * 4
 
 
-# -------------------------------------------------------------------------------------------------------- mathematics and code
+# --------------------------------------------------------------------------------- mathematics and code
 def test_math_takes_the_answer_or_the_solution(tmp_path):
     rows = [
         dict(problem="1+1?", answer="2", level=1),
@@ -328,7 +328,8 @@ def test_math_without_its_extra_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         RewardError,
-        match="reward 'math' raised ImportError: the reward 'math' needs math-verify: pip install math-verify",
+        match="reward 'math' raised ImportError: "
+        "the reward 'math' needs math-verify: pip install math-verify",
     ):
         run("math", columns=dict(answer=["1"] * 3))
 
@@ -374,7 +375,7 @@ def test_a_comparison_that_hangs_is_none_and_the_next_one_works():
     assert mathematics([r"\boxed{x}"], answer=["x"]) == first == [1.0]
 
 
-# ------------------------------------------------------------------------------------------ code
+# ------------------------------------------------------------------------------------------------- code
 def test_code_takes_its_own_columns_and_those_of_mbpp(tmp_path):
     mbpp = dict(
         text="Add.",
@@ -406,9 +407,7 @@ def test_the_problems_of_this_repository_accept_their_solutions_and_reject_the_w
         and all(len(r["tests"]) >= 3 and r["wrong"] for r in rows)
     )
     jobs = [(python_block(r["solution"]), r["tests"]) for r in rows if isinstance(r["tests"][0], str)]
-    jobs += [
-        (python_block(r["solution"]), r["tests"][:1]) for r in rows if isinstance(r["tests"][0], dict)
-    ]
+    jobs += [(python_block(r["solution"]), r["tests"][:1]) for r in rows if isinstance(r["tests"][0], dict)]
     right = sandbox.check_all(jobs, seconds=10)
     assert all(v == ["passed"] * len(job[1]) for v, job in zip(right, jobs)), [
         (j[0], v) for j, v in zip(jobs, right) if v != ["passed"] * len(j[1])
@@ -467,9 +466,12 @@ def test_code_is_the_share_of_tests_passed():
     assert code(["", block("1")], tests=[[], None]) == [None, None]
 
 
-# -------------------------------------------------------------------------------------------------------------------- judge
+# ------------------------------------------------------------------------------------------------ judge
 class Server(http.server.BaseHTTPRequestHandler):
-    """An endpoint of OpenAI's form. What it answers hangs on the completion between the marks: "say X" is answered with X."""
+    """An endpoint of OpenAI's form.
+
+    What it answers hangs on the completion between the marks: "say X" is answered with X.
+    """
 
     asked, lock = [], threading.Lock()
 
