@@ -1,5 +1,6 @@
 """Rows and prompts: the same rows for the same (seed, step), no half file taken for whole, no second BOS."""
 
+import functools
 import http.server
 import json
 import os
@@ -76,6 +77,79 @@ def test_epoch_is_the_share_of_the_data_seen():
 def test_columns_repeat_each_row_for_its_group_and_give_none_where_a_row_has_none():
     rows = [dict(prompt="a", answer="1"), dict(prompt="b", tests=[2])]
     assert data.columns(rows, 2) == dict(answer=["1", "1", None, None], tests=[None, None, [2], [2]])
+
+
+# -------------------------------------------------------------------------------- a task of one's own
+def colours(*, data_dir, eval_problems, names=("red", "green", "blue")):
+    rows = [dict(prompt=f"Name {name}.", answer=name, folder=data_dir) for name in names]
+    return rows[1:], rows[:1][:eval_problems]
+
+
+def endless(*, data_dir, eval_problems, **options):
+    def row(seed, index):
+        return dict(prompt=f"{seed} {index}", **options)
+
+    return row, [row("held out", i) for i in range(eval_problems)]
+
+
+def test_a_function_of_a_config_file_is_a_task():
+    task = load_task(colours, data_dir="here", seed=3)
+    assert task.name == "colours" and task.seed == 3
+    assert task.eval == [dict(prompt="Name red.", answer="red", folder="here")]
+    assert sorted(row["answer"] for row in task.batch(0, 2)) == ["blue", "green"]
+    assert load_task(colours, names=("a", "b")).train == [dict(prompt="Name b.", answer="b", folder="data")]
+    partial = load_task(functools.partial(colours, names=("a", "b")))
+    assert partial.name == "colours" and len(partial.train) == 1
+    task = load_task(endless, eval_problems=2, tone="kind", train_file="rows.jsonl")
+    assert task.batch(1, 2, 5) == [
+        dict(prompt="5 2", tone="kind", train_file="rows.jsonl"),
+        dict(prompt="5 3", tone="kind", train_file="rows.jsonl"),
+    ]
+    assert [row["prompt"] for row in task.eval] == ["held out 0", "held out 1"]
+
+
+def returning(value):
+    def mine(*, data_dir, eval_problems):
+        return value
+
+    return mine
+
+
+ROWS = [dict(prompt="p")]
+
+
+@pytest.mark.parametrize(
+    "task, words",
+    [
+        (returning(None), "'mine' must return .train, eval_rows., and returned None"),
+        (returning(ROWS), "'mine' must return"),
+        (returning((3, ROWS)), "'mine' must return lists of rows, or for train a function"),
+        (returning((ROWS, iter(ROWS))), "'mine' must return lists of rows"),
+        (returning(([], ROWS)), "'mine' returned no rows to train on"),
+        (returning(([dict(question="q")], ROWS)), "'mine' made a row without a `prompt`.*question"),
+        (returning((ROWS, ["p"])), "'mine' made a row without a `prompt`"),
+        (returning((lambda seed, index: None, ROWS)), "'mine' made a row without a `prompt`.*None"),
+        (lambda *, eval_problems: (ROWS, ROWS), "a task is a function .*'lambda' takes no 'data_dir'"),
+    ],
+)
+def test_a_task_of_ones_own_that_is_none_is_one_sentence(task, words):
+    with pytest.raises(ValueError, match=words) as e:
+        load_task(task)
+    assert "\n" not in str(e.value)
+
+
+def test_an_option_that_a_task_of_ones_own_does_not_take_is_named():
+    with pytest.raises(ValueError, match="the task 'colours' takes no 'name', did you mean 'names'"):
+        load_task(colours, name=["red"])
+    with pytest.raises(ValueError, match="the task 'colours' takes no 'train_file'"):
+        load_task(colours, train_file="rows.jsonl")
+
+
+def test_data_is_imported_without_the_tasks():
+    """Imports point one way: a task's file imports data.py, which imports it by name when it is asked for."""
+    code = "import data, sys; print({'tasks', 'torch', 'transformers'} & sys.modules.keys())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "set()", out.stderr
 
 
 # ------------------------------------------------------------------------------------------------ GSM8K

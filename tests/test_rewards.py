@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rewards as R
+import rewards
 from rewards import REWARDS, RewardError, resolve, score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,11 +226,11 @@ def test_gsm8ks_own_solutions_are_all_right_and_none_with_another_number():
         s.rpartition("####")[0] + f"#### {int(a.replace(',', '')) + 1}" for s, a in zip(solutions, answers)
     ]
     assert len(solutions) == 8792
-    for grader in (R.gsm8k, R.gsm8k_lenient):
+    for grader in (rewards.gsm8k, rewards.gsm8k_lenient):
         assert sum(grader(solutions, answer=answers)) == 8792
         assert sum(grader(solutions, answer=solutions)) == 8792  # the data set's own column as it stands
         assert sum(grader(changed, answer=answers)) == 0
-    assert sum(R.gsm8k([s.replace("####", "so") for s in solutions], answer=answers)) == 0
+    assert sum(rewards.gsm8k([s.replace("####", "so") for s in solutions], answer=answers)) == 0
 
 
 # --------------------------------------------------------------------------------------------- the form
@@ -264,8 +264,8 @@ def test_format_is_the_whole_completion(text, right):
 
 def test_format_allows_for_a_tag_that_the_template_wrote():
     """Elsewhere the reward stays 0 if the chat template ends in <think>: the completion begins after it."""
-    assert R.format(["a</think><answer>b</answer>"]) == [1.0]
-    assert R.format(
+    assert rewards.format(["a</think><answer>b</answer>"]) == [1.0]
+    assert rewards.format(
         ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"], prefilled=False
     ) == [0.0, 1.0]
 
@@ -318,7 +318,7 @@ def ids(*lengths):
 def test_length_compares_tokens_within_the_group():
     right, wrong = "#### 42", "#### 41"
     texts = [right, right, right, wrong, wrong] + [right, wrong, right, right, right]
-    got = R.length(
+    got = rewards.length(
         texts,
         ["q"] * 10,
         completion_ids=ids(10, 20, 30, 10, 30, 1000, 3000, 2000, 2000, 2000),
@@ -329,16 +329,22 @@ def test_length_compares_tokens_within_the_group():
 
 
 def test_length_is_zero_where_all_are_as_long_and_none_where_the_answer_is_no_number():
-    assert R.length(["#### 42"] * 2, completion_ids=ids(7, 7), group_size=2, answer=["42"] * 2) == [0.0, 0.0]
-    assert R.length(["#### 42"] * 2, completion_ids=ids(7, 9), group_size=2, answer=["?"] * 2) == [None, None]
-    assert R.length(
-        ["5", "6"], completion_ids=ids(7, 9), group_size=2, answer=["5", "5"], grade=R.arithmetic
+    assert rewards.length(["#### 42"] * 2, completion_ids=ids(7, 7), group_size=2, answer=["42"] * 2) == [
+        0.0,
+        0.0,
+    ]
+    assert rewards.length(["#### 42"] * 2, completion_ids=ids(7, 9), group_size=2, answer=["?"] * 2) == [
+        None,
+        None,
+    ]
+    assert rewards.length(
+        ["5", "6"], completion_ids=ids(7, 9), group_size=2, answer=["5", "5"], grade=rewards.arithmetic
     ) == [0.5, -0.5]
 
 
 def test_cosine_is_the_formula_clamped_at_the_maximum():
     def got(text, n):
-        return R.cosine([text], completion_ids=ids(n), max_new_tokens=100, answer=["42"])[0]
+        return rewards.cosine([text], completion_ids=ids(n), max_new_tokens=100, answer=["42"])[0]
 
     for n in (0, 1, 25, 50, 99, 100):
         assert got("#### 42", n) == pytest.approx(0.5 + 0.5 * (1 + math.cos(math.pi * n / 100)) / 2)
@@ -351,7 +357,7 @@ def test_cosine_is_the_formula_clamped_at_the_maximum():
 
 def test_repetition_counts_distinct_ngrams_of_ids():
     cases = [[1, 2, 3, 4, 5], [7] * 10, [1, 2, 3, 1, 2, 3], [1, 2], [], [1, 2, 3]]
-    assert R.repetition([""] * 6, completion_ids=cases) == [
+    assert rewards.repetition([""] * 6, completion_ids=cases) == [
         0.0,
         pytest.approx(-7 / 8),
         pytest.approx(-1 / 4),
@@ -359,31 +365,31 @@ def test_repetition_counts_distinct_ngrams_of_ids():
         0.0,
         0.0,
     ]
-    assert R.repetition([""], completion_ids=[[1, 2, 1, 2]], n=2, worst=-0.3) == [pytest.approx(-0.1)]
+    assert rewards.repetition([""], completion_ids=[[1, 2, 1, 2]], n=2, worst=-0.3) == [pytest.approx(-0.1)]
 
 
 def test_overlong_falls_in_a_line_to_minus_one_at_the_limit():
-    assert R.overlong(
+    assert rewards.overlong(
         [""] * 6, completion_ids=ids(0, 80, 90, 95, 100, 150), max_new_tokens=100
     ) == pytest.approx([0, 0, -0.5, -0.75, -1, -1])
-    assert R.overlong([""] * 2, completion_ids=ids(60, 75), max_new_tokens=100, margin=50) == pytest.approx(
-        [-0.2, -0.5]
-    )
+    assert rewards.overlong(
+        [""] * 2, completion_ids=ids(60, 75), max_new_tokens=100, margin=50
+    ) == pytest.approx([-0.2, -0.5])
 
 
 def test_small_rules():
-    assert R.words(["Because I say so", "becauses"]) == [1.0, 0.0]
-    assert R.words(["red and green", "red", "x"], words=[["red", "green"], ["red", "green"], []]) == [
+    assert rewards.words(["Because I say so", "becauses"]) == [1.0, 0.0]
+    assert rewards.words(["red and green", "red", "x"], words=[["red", "green"], ["red", "green"], []]) == [
         1.0,
         0.5,
         None,
     ]
-    assert R.ends_with(["Yes. \n", "Yes", ""]) == [1.0, 0.0, 0.0] and R.ends_with(["Yes!"], ending="!") == [
-        1.0
-    ]
-    assert R.weighted(["because.", "because", "."]) == [1.0, 0.5, 0.5]
-    assert R.weighted(
-        ["#### 42", "#### 42"], parts=((R.gsm8k, 2.0), (R.ends_with, 1.0)), answer=["42", "?"]
+    assert rewards.ends_with(["Yes. \n", "Yes", ""]) == [1.0, 0.0, 0.0] and rewards.ends_with(
+        ["Yes!"], ending="!"
+    ) == [1.0]
+    assert rewards.weighted(["because.", "because", "."]) == [1.0, 0.5, 0.5]
+    assert rewards.weighted(
+        ["#### 42", "#### 42"], parts=((rewards.gsm8k, 2.0), (rewards.ends_with, 1.0)), answer=["42", "?"]
     ) == [2.0, None]
 
 
@@ -526,9 +532,9 @@ def test_rewards_give_finite_numbers_on_any_text(texts, data):
 # ------------------------------------------------------------------------------------------- the runner
 def run(reward, completions=("a", "b", "c"), prompts=None, columns=None, **keys):
     """Parts and reward of one function, or of pairs of function and weight."""
-    rewards = reward if isinstance(reward, list) else [(reward, 1.0)]
+    pairs = reward if isinstance(reward, list) else [(reward, 1.0)]
     return score(
-        resolve(rewards),
+        resolve(pairs),
         list(completions),
         prompts or ["q"] * len(completions),
         columns or {},
@@ -557,10 +563,10 @@ def test_labels_are_distinct():
             ("gsm8k", 1),
             ("gsm8k", 0.5),
             (lambda completions: [], 1),
-            (functools.partial(R.overlong, margin=3), 1),
+            (functools.partial(rewards.overlong, margin=3), 1),
             ("overlong", 1),
             (Judge(), 1),
-            R.words,
+            rewards.words,
             "words",
         ]
     )
@@ -643,7 +649,7 @@ def test_a_column_that_a_reward_needs_and_rows_lack_is_named():
 
 
 def test_what_a_partial_fixes_stays_fixed():
-    overlong = functools.partial(R.overlong, max_new_tokens=10, margin=10)
+    overlong = functools.partial(rewards.overlong, max_new_tokens=10, margin=10)
     assert run(overlong, "a", completion_ids=ids(5), max_new_tokens=1000)[1] == [-0.5]
 
 
@@ -835,5 +841,85 @@ def test_a_reward_written_for_trl_runs_unchanged():
 
 def test_every_strict_reward_with_a_lenient_twin_is_no_more_generous():
     texts, answers = ["#### 42", "42", "#### 41", "the 42nd, 7"], ["42"] * 4
-    for name, twin in R.LENIENT.items():
+    for name, twin in rewards.LENIENT.items():
         assert all(a <= b for a, b in zip(REWARDS[name](texts, answer=answers), twin(texts, answer=answers)))
+
+
+# ---------------------------------------------------------------------------- a batch, and in the background
+def test_calls_in_the_background_are_made_in_order_and_returned_by_number():
+    background = rewards.InBackground()
+    made = []
+
+    def call(number, factor=1):
+        made.append(number)
+        return number * factor
+
+    for number, args in ((2, (2, 10)), (0, (0,)), (1, (1, 5))):
+        background.submit(number, call, *args)
+    assert background.results() == [0, 5, 20] and made == [2, 0, 1]
+    assert rewards.InBackground().results() == []
+
+
+def test_the_first_failure_in_the_background_is_raised_when_all_are_done():
+    background = rewards.InBackground()
+    done = []
+
+    def fails(number):
+        raise RewardError(f"number {number}")
+
+    background.submit(3, fails, 3)
+    background.submit(1, fails, 1)
+    background.submit(0, done.append, 0)
+    with pytest.raises(RewardError, match="number 1"):
+        background.results()
+    assert done == [0]
+
+
+class Letters:
+    """A tokenizer with an id a letter, as far as scoring needs one."""
+
+    def batch_decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(chr(96 + i) for i in row if i) for row in ids]
+
+
+def test_completions_are_scored_as_text_after_the_prefill_with_the_columns_of_their_row():
+    def mine(completions, prompts, answer, completion_ids, group_size, max_new_tokens):
+        assert completions == [">a", ">bb", ">", ">c"] and prompts == ["p", "p", "q", "q"]
+        assert answer == [1, 1, None, None] and completion_ids == [[1, 0], [2, 2], [], [3]]
+        assert (group_size, max_new_tokens) == (2, 9)
+        return [1, 2, None, 4]
+
+    rows = [dict(prompt="p", answer=1), dict(prompt="q")]
+    texts, parts, reward = rewards.score_completions(
+        Letters(),
+        rows,
+        [[1, 0], [2, 2], [], [3]],
+        resolve([(mine, 0.5), ("ends_with", 0.0)]),
+        prefill=">",
+        max_new_tokens=9,
+        reward_messages=False,
+        timeout=10,
+    )
+    assert texts == [">a", ">bb", ">", ">c"]
+    np.testing.assert_array_equal(parts, [[1, 0], [2, 0], [np.nan, 0], [4, 0]])
+    np.testing.assert_array_equal(reward, [0.5, 1, np.nan, 2])
+
+
+def test_a_group_teaches_nothing_if_its_scores_are_equal_or_missing():
+    nan = math.nan
+    groups = np.array([[1, 1, 1], [0, 1, nan], [nan, nan, nan], [0.5, nan, 0.5], [nan, 2, nan], [-1, 0, 0]])
+    assert rewards.flat_groups(groups) == [0, 2, 3, 4]
+
+
+def test_it_is_known_whether_a_reward_runs_what_a_model_wrote():
+    assert rewards.runs_code(resolve(["gsm8k", "code"]))
+    assert rewards.runs_code(resolve([functools.partial(REWARDS["code"], seconds=1)]))
+    assert not rewards.runs_code(resolve(["gsm8k", "countdown", "math"]))
+
+
+def test_every_reward_can_be_imported_from_here():
+    """Config files say `from rewards import judge`, wherever the function has its home."""
+    for name, function in REWARDS.items():
+        assert function is REWARDS[function.__name__] if function.__name__ in REWARDS else name == "math"
+        assert getattr(rewards, function.__name__) is function

@@ -149,7 +149,7 @@ SHAPES = [
     "assert math.isclose(same(0.1) + same(0.2), 0.3)",
     "assert set(same([1, 1])) == {1}",
     "try:\n    fails(3)\nexcept KeyError:\n    pass\nelse:\n    assert False",
-    "def check_it(candidate):\n    for i in range(5):\n    assert candidate(i) == i\ncheck_it(same)",
+    "def check_it(candidate):\n    for i in range(5):\n        assert candidate(i) == i\ncheck_it(same)",
     "assert [same(x) for x in [3, 1]] == [3, 1]",
     "x = [3, 1]\nsort_in_place(x)\nassert x == [3, 1]",
 ]
