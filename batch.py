@@ -59,7 +59,7 @@ class Batch:
     texts: list[str]
     parts: np.ndarray  # (n, R) of each reward, NaN for None
     reward: np.ndarray  # (n,)
-    adv: torch.Tensor | None = None  # (n,)
+    adv: torch.Tensor | None = None  # (n,) float64
     kept: torch.Tensor | None = None  # (n,) bool: counts in the loss and in its divisor
     needed: torch.Tensor | None = None  # (n,) bool: has a gradient, so it is computed
     entropy_bar: torch.Tensor | None = None  # nats; tokens below it leave the policy term
@@ -91,7 +91,7 @@ class Batch:
         weight = None if self.entropy_bar is None else flat(self.out.entropies) >= self.entropy_bar
         return Tokens(
             rows=rows.to(device),
-            adv=self.adv[numbers].to(device),
+            adv=self.adv[numbers].float().to(device),
             lengths=lengths.to(device),
             sampler_logp=flat(self.out.logprobs),
             old_logp=None if self.old_logp is None else flat(self.old_logp),

@@ -35,8 +35,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, system="", prefill="", samples=1,
-             temperature=1.0, seed=0, reward_messages=False, timeout=None, stop=None):  # fmt: skip
+def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, system="", prefill="",
+             samples=1, temperature=1.0, seed=0, reward_messages=False, timeout=None, stop=None):  # fmt: skip
     """Metrics (a dict: eval/strict, eval/lenient, ..) and each problem's first completion, on rows of a task.
 
     functions: rewards.resolve's list; every reward's mean is reported, whatever its weight. One sample is

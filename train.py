@@ -114,7 +114,7 @@ def train_step(run, number: int) -> dict:
         step.scores = gather_scores(batch)
 
     A, advantage_state = advantages_of(run, step)  # (B, G), of all ranks
-    batch.adv = A.chunk(world())[rank()].reshape(-1).float()  # (n,)
+    batch.adv = A.chunk(world())[rank()].reshape(-1)  # (n,)
     metrics = learn(run, step, batch)
 
     # The step is complete. From here on it counts: this is the one place where the run's state changes.
@@ -420,6 +420,7 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
     interrupted.
     """
     metrics, texts = {}, []
+    run.model.eval()  # no LoRA dropout
     if rank() == 0:
         rows = run.task.eval[: run.cfg.eval_problems]
         options = configs.evaluation_options(run.cfg)
