@@ -313,6 +313,14 @@ def runs_code(functions) -> bool:
     return any(name_of(function) == "code" for _, function, _ in functions)
 
 
+def check_sandbox(functions, mode: str):
+    """SandboxError where one of resolve's functions runs code, `mode` is "strict" and this machine is not."""
+    if mode == "strict" and runs_code(functions):
+        from tasks import sandbox
+
+        sandbox.isolation(strict=True)
+
+
 def score_completions(tokenizer, rows, ids, functions, *, prefill, max_new_tokens, reward_messages, timeout):
     """Texts, reward parts (n, R) and rewards (n,), NaN for None, of n completions `ids`, as many of each row.
 

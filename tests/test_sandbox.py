@@ -226,16 +226,17 @@ def test_isolation_is_found_by_trying_and_strict_wants_all_of_it(monkeypatch):
 
 def test_a_strict_run_does_not_start_where_programs_cannot_be_shut_in(monkeypatch):
     import config
-    import eval
+    import rewards
+
+    def start(name, *flags):
+        cfg = config.load([str(ROOT / "configs" / name), *flags])
+        rewards.check_sandbox(rewards.resolve(cfg.rewards), cfg.sandbox)
 
     monkeypatch.setattr(sandbox, "choose", lambda: ("plain", ("limits",)))
-    path = str(ROOT / "configs" / "code.py")
     with pytest.raises(SandboxError, match="sandbox='strict' needs"):
-        eval.load_task(config.load([path]))
-    assert len(eval.load_task(config.load([path, "--sandbox=auto"])).train) == 36
-    assert eval.load_task(
-        config.load([str(ROOT / "configs" / "countdown.py"), "--sandbox=strict"])
-    ).eval  # nothing is run there
+        start("code.py")
+    start("code.py", "--sandbox=auto")
+    start("countdown.py", "--sandbox=strict")  # nothing is run there
 
 
 def test_a_machine_that_cannot_isolate_says_so_and_runs_under_limits(monkeypatch):
