@@ -387,6 +387,7 @@ def test_the_problems_of_this_repository_accept_their_solutions_and_reject_the_w
     problems = load_task("code", eval_problems=4)
     rows = [*problems.train, *problems.eval]
     assert len(rows) == 40 and len({row["prompt"] for row in rows}) == 40
+    assert len(problems.train) == 36
     assert all(len(row["tests"]) >= 3 and row["wrong"] for row in rows)
     right_jobs = []
     wrong_jobs = []
