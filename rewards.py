@@ -314,7 +314,10 @@ def runs_code(functions) -> bool:
 
 
 def check_sandbox(functions, mode: str):
-    """SandboxError where a reward runs code and mode "strict" wants more isolation than this machine has."""
+    """SandboxError where a strict run would run code on a machine that cannot isolate it.
+
+    functions: resolve's list; mode: the config's sandbox, "auto" or "strict".
+    """
     if mode == "strict" and runs_code(functions):
         from tasks import sandbox
 

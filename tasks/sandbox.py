@@ -508,7 +508,7 @@ def isolation(strict: bool = False) -> list[str]:
 
 # ----------------------------------------------------------------------------------------- the verdicts
 def check(source: str, tests: list, names=(), *, seconds: float = 4.0, memory_mb: int = 512) -> list[str]:
-    """ "passed", or why not, for each test of a program.
+    """For each test of a program "passed", or why it has not.
 
     tests: statements (a str with an assert), or dicts with `input` (stdin) and `output` (stdout). names: what
     the tests call that Python has under that name too, as in `assert sum(3) == 6`; other names that the tests

@@ -41,24 +41,18 @@ def test_every_epoch_has_every_row_once(size, n, seed, epoch):
 def test_rows_do_not_depend_on_batch_size_or_on_what_was_asked_before():
     for task in (finite(7), load_task("arithmetic", eval_problems=1)):
         stream = task.batch(0, 24, 3)
-        assert [row for step in (2, 0, 1) for row in task.batch(step, 8, 3)] == stream[16:24] + stream[
-            :8
-        ] + stream[8:16]
+        got = [row for step in (2, 0, 1) for row in task.batch(step, 8, 3)]
+        assert got == stream[16:24] + stream[:8] + stream[8:16]
         assert task.batch(0, 24, 4) != stream
-    assert [r["prompt"] for r in finite(50).batch(0, 50, 0)] != [
-        r["prompt"] for r in finite(50).batch(1, 50, 0)
-    ]  # epochs differ in order
+    assert finite(50).batch(0, 50, 0) != finite(50).batch(1, 50, 0)  # epochs differ in order
     assert finite(9, seed=5).batch(1, 4) == finite(9).batch(1, 4, 5)
 
 
 def test_rows_are_the_same_in_another_process_and_for_ever():
     """hash() differs between processes, a library's shuffle between versions: these are written down."""
     assert [r["prompt"] for r in finite(10).batch(0, 10, 0)] == list("0291854367")
-    assert [r["prompt"] for r in load_task("arithmetic").batch(0, 3, 0)] == [
-        "319+866=",
-        "913+591=",
-        "589+367=",
-    ]
+    got = [r["prompt"] for r in load_task("arithmetic").batch(0, 3, 0)]
+    assert got == ["319+866=", "913+591=", "589+367="]
     code = "import data; print([r['prompt'] for r in data.load_task('arithmetic', seed=7).batch(5, 4)])"
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -101,7 +95,8 @@ def test_a_function_of_a_config_file_is_a_task():
     partial = load_task(functools.partial(colours, names=("a", "b")))
     assert partial.name == "colours" and len(partial.train) == 1
     task = load_task(endless, eval_problems=2, tone="kind", train_file="rows.jsonl")
-    assert task.batch(1, 2, 5) == [
+    got = task.batch(1, 2, 5)
+    assert got == [
         dict(prompt="5 2", tone="kind", train_file="rows.jsonl"),
         dict(prompt="5 3", tone="kind", train_file="rows.jsonl"),
     ]
@@ -217,12 +212,12 @@ def test_gsm8k_is_downloaded_once_and_whole(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(data, "GSM8K_URL", f"{hub}/whole")
     Hub.asked.clear()
     task = load_task("gsm8k", data_dir=str(tmp_path / "new" / "data"), eval_problems=30)
-    assert (
-        files(tmp_path) == ["new/data/gsm8k/test.jsonl", "new/data/gsm8k/train.jsonl"] and len(Hub.asked) == 2
-    )
+    assert files(tmp_path) == ["new/data/gsm8k/test.jsonl", "new/data/gsm8k/train.jsonl"]
+    assert len(Hub.asked) == 2
     assert (tmp_path / "new/data/gsm8k/train.jsonl").read_bytes() == whole_file("train.jsonl")
     assert len(task.train) == 7473 and len(task.eval) == 30
-    assert task.eval[0] == dict(
+    got = task.eval[0]
+    assert got == dict(
         prompt="What is 1 thousand?\u2028",
         question="What is 1 thousand?\u2028",
         answer="1000",
@@ -231,10 +226,8 @@ def test_gsm8k_is_downloaded_once_and_whole(tmp_path, hub, monkeypatch):
     again = load_task(
         "gsm8k", data_dir=str(tmp_path / "new" / "data" / "gsm8k"), eval_problems=30
     )  # the folder itself will do
-    assert (
-        again == load_task("gsm8k", data_dir=str(tmp_path / "new" / "data"), eval_problems=30) == task
-        and len(Hub.asked) == 2
-    )
+    assert again == load_task("gsm8k", data_dir=str(tmp_path / "new" / "data"), eval_problems=30) == task
+    assert len(Hub.asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -299,15 +292,12 @@ def test_the_real_gsm8k():
         )
     task = load_task("gsm8k", data_dir=folder, eval_problems=2000)
     assert len(task.train) == 7473 and len(task.eval) == 1319
-    assert task.train[0]["answer"] == "72" and task.train[0]["solution"].startswith(
-        "Natalia sold 48/2 = 24 clips in May.\n"
-    )
+    assert task.train[0]["answer"] == "72"
+    assert task.train[0]["solution"].startswith("Natalia sold 48/2 = 24 clips in May.\n")
     for row in [*task.train, *task.eval]:
-        assert (
-            "<<" not in row["solution"]
-            and row["solution"].endswith(f"#### {row['answer']}")
-            and row["prompt"] == row["question"]
-        )
+        assert "<<" not in row["solution"]
+        assert row["solution"].endswith(f"#### {row['answer']}")
+        assert row["prompt"] == row["question"]
     assert not {r["prompt"] for r in task.train} & {r["prompt"] for r in task.eval}
 
 
@@ -326,14 +316,11 @@ def test_jsonl_keeps_every_column_and_holds_out_the_last_rows(tmp_path):
     path = write(tmp_path / "rows.jsonl", rows)
     task = load_task("jsonl", train_file=path, eval_problems=100)
     assert task.train == rows[:23] and task.eval == rows[23:]
-    assert (
-        load_task("jsonl", train_file="rows.jsonl", data_dir=str(tmp_path), eval_problems=1).eval == rows[24:]
-    )
+    got = load_task("jsonl", train_file="rows.jsonl", data_dir=str(tmp_path), eval_problems=1).eval
+    assert got == rows[24:]
     assert Counter(r["tests"][0] for r in task.batch(0, 23, 0)) == Counter(range(23))
-    assert (
-        load_task("jsonl", train_file=write(tmp_path / "two.jsonl", rows[:2]), eval_problems=100).eval
-        == rows[1:2]
-    )
+    got = load_task("jsonl", train_file=write(tmp_path / "two.jsonl", rows[:2]), eval_problems=100).eval
+    assert got == rows[1:2]
     both = load_task(
         "jsonl",
         train_file=path,
@@ -422,9 +409,8 @@ def test_ids_are_those_of_the_rendered_template_tokenised_once(text, system, pre
     tokenizer = bpe(TEMPLATE)
     messages = [dict(role="system", content=system)] * bool(system) + [dict(role="user", content=text)]
     ids = prompt_ids(tokenizer, text, system=system, prefill=prefill)
-    assert ids == rendered(tokenizer, messages, add_generation_prompt=True) + tokenizer.encode(
-        prefill, add_special_tokens=False
-    )
+    start = tokenizer.encode(prefill, add_special_tokens=False)
+    assert ids == rendered(tokenizer, messages, add_generation_prompt=True) + start
     assert all(type(i) is int for i in ids)
 
 
@@ -457,14 +443,10 @@ def test_a_row_may_bring_the_start_of_its_answer():
 
 def test_without_a_chat_template_the_prompt_is_plain_text():
     tokenizer = bpe()
-    assert (
-        tokenizer.decode(prompt_ids(tokenizer, "the sum", system="Be brief.", prefill=" is"))
-        == "<s>Be brief.\n\nthe sum is"
-    )
-    assert (
-        tokenizer.decode(prompt_ids(tokenizer, [*CHAT, dict(role="user", content="8 * 9?")], system="x"))
-        == "<s>x\n\n6 * 7?\n8 * 9?"
-    )
+    got = tokenizer.decode(prompt_ids(tokenizer, "the sum", system="Be brief.", prefill=" is"))
+    assert got == "<s>Be brief.\n\nthe sum is"
+    got = tokenizer.decode(prompt_ids(tokenizer, [*CHAT, dict(role="user", content="8 * 9?")], system="x"))
+    assert got == "<s>x\n\n6 * 7?\n8 * 9?"
     assert prompt_ids(tokenizer, "in t", prefill="he") == prompt_ids(
         tokenizer, "in the"
     )  # one text, tokenised once
@@ -494,10 +476,8 @@ def test_characters_come_back_as_they_were(text):
     tokenizer = char_tokenizer("aB 0.,'!?<>\n\té√")
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) == len(text) and tokenizer.decode(ids) == text
-    assert (
-        tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True)
-        == text
-    )
+    got = tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True)
+    assert got == text
 
 
 def test_a_char_tokenizer_saves_and_loads_as_any_other(tmp_path):
@@ -507,9 +487,8 @@ def test_a_char_tokenizer_saves_and_loads_as_any_other(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = "<750=12,481=13>932"
     assert prompt_ids(again, text) == prompt_ids(tokenizer, text) == [2 + ALPHABET.index(c) for c in text]
-    assert again.batch_decode([[*prompt_ids(again, text), 1]], skip_special_tokens=True) == [
-        text
-    ] and data.stop_ids(again, str(tmp_path)) == [1]
+    assert again.batch_decode([[*prompt_ids(again, text), 1]], skip_special_tokens=True) == [text]
+    assert data.stop_ids(again, str(tmp_path)) == [1]
     with pytest.raises(ValueError, match="'Wat'"):
         prompt_ids(again, "Wat")
 

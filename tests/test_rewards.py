@@ -265,9 +265,10 @@ def test_format_is_the_whole_completion(text, right):
 def test_format_allows_for_a_tag_that_the_template_wrote():
     """Elsewhere the reward stays 0 if the chat template ends in <think>: the completion begins after it."""
     assert rewards.format(["a</think><answer>b</answer>"]) == [1.0]
-    assert rewards.format(
+    got = rewards.format(
         ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"], prefilled=False
-    ) == [0.0, 1.0]
+    )
+    assert got == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -329,17 +330,14 @@ def test_length_compares_tokens_within_the_group():
 
 
 def test_length_is_zero_where_all_are_as_long_and_none_where_the_answer_is_no_number():
-    assert rewards.length(["#### 42"] * 2, completion_ids=ids(7, 7), group_size=2, answer=["42"] * 2) == [
-        0.0,
-        0.0,
-    ]
-    assert rewards.length(["#### 42"] * 2, completion_ids=ids(7, 9), group_size=2, answer=["?"] * 2) == [
-        None,
-        None,
-    ]
-    assert rewards.length(
+    got = rewards.length(["#### 42"] * 2, completion_ids=ids(7, 7), group_size=2, answer=["42"] * 2)
+    assert got == [0.0, 0.0]
+    got = rewards.length(["#### 42"] * 2, completion_ids=ids(7, 9), group_size=2, answer=["?"] * 2)
+    assert got == [None, None]
+    got = rewards.length(
         ["5", "6"], completion_ids=ids(7, 9), group_size=2, answer=["5", "5"], grade=rewards.arithmetic
-    ) == [0.5, -0.5]
+    )
+    assert got == [0.5, -0.5]
 
 
 def test_cosine_is_the_formula_clamped_at_the_maximum():
@@ -349,48 +347,36 @@ def test_cosine_is_the_formula_clamped_at_the_maximum():
     for n in (0, 1, 25, 50, 99, 100):
         assert got("#### 42", n) == pytest.approx(0.5 + 0.5 * (1 + math.cos(math.pi * n / 100)) / 2)
         assert got("#### 41", n) == pytest.approx(-0.5 - 0.5 * (1 + math.cos(math.pi * n / 100)) / 2)
-    assert got("#### 42", 200) == got("#### 42", 100) == pytest.approx(0.5) and got(
-        "#### 41", 150
-    ) == pytest.approx(-0.5)
+    assert got("#### 42", 200) == got("#### 42", 100) == pytest.approx(0.5)
+    assert got("#### 41", 150) == pytest.approx(-0.5)
     assert got("#### 42", 10) > got("#### 42", 90) > got("#### 41", 90) > got("#### 41", 10)
 
 
 def test_repetition_counts_distinct_ngrams_of_ids():
     cases = [[1, 2, 3, 4, 5], [7] * 10, [1, 2, 3, 1, 2, 3], [1, 2], [], [1, 2, 3]]
-    assert rewards.repetition([""] * 6, completion_ids=cases) == [
-        0.0,
-        pytest.approx(-7 / 8),
-        pytest.approx(-1 / 4),
-        0.0,
-        0.0,
-        0.0,
-    ]
+    got = rewards.repetition([""] * 6, completion_ids=cases)
+    assert got == [0.0, pytest.approx(-7 / 8), pytest.approx(-1 / 4), 0.0, 0.0, 0.0]
     assert rewards.repetition([""], completion_ids=[[1, 2, 1, 2]], n=2, worst=-0.3) == [pytest.approx(-0.1)]
 
 
 def test_overlong_falls_in_a_line_to_minus_one_at_the_limit():
-    assert rewards.overlong(
-        [""] * 6, completion_ids=ids(0, 80, 90, 95, 100, 150), max_new_tokens=100
-    ) == pytest.approx([0, 0, -0.5, -0.75, -1, -1])
-    assert rewards.overlong(
-        [""] * 2, completion_ids=ids(60, 75), max_new_tokens=100, margin=50
-    ) == pytest.approx([-0.2, -0.5])
+    got = rewards.overlong([""] * 6, completion_ids=ids(0, 80, 90, 95, 100, 150), max_new_tokens=100)
+    assert got == pytest.approx([0, 0, -0.5, -0.75, -1, -1])
+    got = rewards.overlong([""] * 2, completion_ids=ids(60, 75), max_new_tokens=100, margin=50)
+    assert got == pytest.approx([-0.2, -0.5])
 
 
 def test_small_rules():
     assert rewards.words(["Because I say so", "becauses"]) == [1.0, 0.0]
-    assert rewards.words(["red and green", "red", "x"], words=[["red", "green"], ["red", "green"], []]) == [
-        1.0,
-        0.5,
-        None,
-    ]
-    assert rewards.ends_with(["Yes. \n", "Yes", ""]) == [1.0, 0.0, 0.0] and rewards.ends_with(
-        ["Yes!"], ending="!"
-    ) == [1.0]
+    got = rewards.words(["red and green", "red", "x"], words=[["red", "green"], ["red", "green"], []])
+    assert got == [1.0, 0.5, None]
+    assert rewards.ends_with(["Yes. \n", "Yes", ""]) == [1.0, 0.0, 0.0]
+    assert rewards.ends_with(["Yes!"], ending="!") == [1.0]
     assert rewards.weighted(["because.", "because", "."]) == [1.0, 0.5, 0.5]
-    assert rewards.weighted(
+    got = rewards.weighted(
         ["#### 42", "#### 42"], parts=((rewards.gsm8k, 2.0), (rewards.ends_with, 1.0)), answer=["42", "?"]
-    ) == [2.0, None]
+    )
+    assert got == [2.0, None]
 
 
 # ----------------------------------------------------------------------------------------- hostile text
@@ -611,7 +597,8 @@ def test_a_reward_is_called_once_with_every_column():
         completion_ids=ids(1, 2, 3, 4),
         max_new_tokens=9,
     )
-    assert calls == [
+    got = calls
+    assert got == [
         (
             list("abcd"),
             list("ppqq"),
@@ -801,7 +788,8 @@ def test_prompts_and_completions_are_text_unless_messages_are_asked_for():
     run(look, ["#### 42", "plain"], [CHAT, "text"])
     assert seen == dict(completions=["#### 42", "plain"], prompts=["Be brief.\n6 * 7?", "text"])
     run(look, ["#### 42", "plain"], [CHAT, "text"], reward_messages=True)
-    assert seen == dict(
+    got = seen
+    assert got == dict(
         completions=[[dict(role="assistant", content="#### 42")], "plain"], prompts=[CHAT, "text"]
     )
 
