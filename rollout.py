@@ -1,41 +1,64 @@
-"""Sampling: each prompt is prefilled once, its group's rows decode in slots, a free slot is refilled from the queue.
+"""Sampling: each prompt is prefilled once, its group's rows decode in slots, a free slot goes to the next
+row.
 
-    rollout = generate(model, prompts, group_size=8, max_new_tokens=256, stop_ids=[2], seed=0, step=0)
-    rollout.ids[n], rollout.logprobs[n], rollout.stopped[n]                      # row n answers prompt n // group_size
+    sampler = Sampler(model, slots=64)                                     # once a run rollout =
+    sampler.generate(prompts, group_size=8, max_new_tokens=256, stop_ids=[2], seed=0, step=0) rollout.ids[n],
+    rollout.logprobs[n], rollout.stopped[n]                # row n answers prompt n // group_size
 
-A completion is the list of ids that were drawn, the stop id included, each with the log-probability of the distribution it was
-drawn from (temperature and truncation included): ids never become text and come back.
+A completion is the list of ids that were drawn, the stop id included, each with the log-probability of the
+distribution it was drawn from (temperature and truncation included). Ids never become text and come back.
 
-How it is laid out. The keys and values of a prompt lie once in the cache and are read by all rows of its group; each slot has its own
-for the tokens it drew. Live rows are always slots 0..n-1: a finished row's place goes to the next row of the queue, and when
-that is empty to the last live row, whose own keys move. So the matmuls see live rows only, and the batch shrinks by itself.
+The words. A *row* is one completion, a *group* the rows of one prompt. A *slot* is a row's seat in the batch,
+with the keys and values of the tokens that it drew. A *place* holds the keys and values of one prompt, which
+all rows of its group read. A *block* is a number of decoding steps between two looks of the host at what was
+drawn.
 
-On a GPU the host looks only after a block of steps, at the block before: decode.py has the step, `decode_block` below the looking.
+Live rows are always in slots 0..n-1. A finished row's slot goes to the next row that waits, and when none
+does to the last live row, whose own keys move. So the matmuls see live rows only, and the batch shrinks by
+itself. Readers of vLLM: this is continuous batching with one fixed-size page a prompt and one a row.
 
-What a row draws depends on (seed, step, prompt, sample, position) and on its logits alone: see kernels/sample.py.
+One loop serves a CPU and a GPU. A CPU runs blocks of one step and looks at each. A GPU runs blocks of eight
+in CUDA graphs, and the host looks at the block before while the next one runs (decode.py has the step). Where
+Triton runs, all prompts are prefilled before the first token, because a prefill costs the host 16-35 ms
+whatever its size; a CPU, which pays for each token anyway, prefills when slots are free.
 
-Dims: B prompts, G rows a prompt, N = B*G rows, n live rows, g live groups, m rows of a group at most, P prompt length, C own
-length, L layers, H query heads, K key/value heads, R = H / K, E head width, V vocabulary.
+What a row draws depends on (seed, step, prompt, sample, position) and on its logits alone: see
+kernels/sample.py.
+
+Dims: B prompts, G rows a prompt, N = B*G rows, n live rows, P prompt length, D width, V vocabulary.
 """
+
 import math
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from kernels.logprob import logits_fp32, truncate_
-from kernels.packed_linear import packed
-from kernels import flash_attention as flash, sample as sampling
+import cache
 import decode
-from decode import Blocks, Cache, cache_bytes, upload
+from cache import cache_bytes, group_places, plan_places, plan_slots
+from decode import Slots, upload
+from kernels import sample as sampling
+from kernels.logprob import logits_fp32, truncate_
+from kernels.packed_linear import packed_copy
 from model import Packed
 
-PREFILL_TOKENS = 8192  # prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations
-PACK_STEPS = 16  # completions that may be longer than this are sampled on packed weights (kernels/packed_linear.py)
+# Prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations.
+PREFILL_TOKENS = 8192
+PREFILL_TOKENS_TRITON = (
+    32768  # a GPU has the memory, and each prefill costs its host as much as a dozen steps
+)
+
+# Completions that may be this long are sampled on packed weights: copying them takes as long as a dozen steps
+# save.
+PACK_STEPS = 16
+
+# Whether the sampling kernel reads temperature, top_p and min_p from tensors on the device, so that a
+# recorded step does not depend on their values.
+POLICY_ON_DEVICE = False
 
 
 @dataclass
@@ -43,417 +66,509 @@ class Rollout:
     """N = B * group_size completions. Row n answers prompt n // group_size."""
 
     ids: list[list[int]]  # drawn ids, the stop id included
-    logprobs: list[list[float]]  # nats, of the distribution each id was drawn from; at temperature 0, of the untempered one
+    # nats, of the distribution each id was drawn from; at temperature 0, of the untempered one
+    logprobs: list[list[float]]
     stopped: list[bool]  # ended by a stop id; False: cut by the length limit
-    entropies: list[list[float]]  # nats, of the distribution each id was drawn from; empty lists where they were not asked for
-    stats: dict = field(default_factory=dict)  # seconds, tokens, slot_steps, useful_slot_steps, cache_bytes
+    # nats, of the distribution each id was drawn from; empty lists where they were not asked for
+    entropies: list[list[float]]
+    stats: dict = field(
+        default_factory=dict
+    )  # seconds, tokens, slot_steps, useful_slot_steps, slots, cache_bytes
 
     def group(self, b: int, group_size: int) -> list[list[int]]:
         return self.ids[b * group_size : (b + 1) * group_size]
 
 
-def group_places(slots: int, group_size: int, prompts: int) -> int:
-    """How many prompts lie in the cache at once: three times the groups that fill the slots, and one being filled.
+def generate(model, prompts, *, slots=None, cuda_graphs=True, block=None, **options) -> Rollout:
+    """One call of a Sampler that is made for it: see Sampler and its `generate` for the arguments."""
+    return Sampler(model, slots=slots, cuda_graphs=cuda_graphs, block=block).generate(prompts, **options)
 
-    A group keeps its place until its last row ends. With twice the groups, 4 x 64 jobs of GSM8K's lengths in 64 slots left 8 to 12 % of the
-    slot-steps empty for want of a place; with three times none.
+
+class Sampler:
+    """Draws completions of prompts. Made once for a run, because it owns what is expensive to make.
+
+    That is the cache, the static buffers and the CUDA graphs of a GPU (`self.kept`), which serve the next
+    call as they are; a call that needs larger ones replaces them. An optimiser writes weights in place, so
+    graphs stay good over training; they are dropped where a weight has moved (another dtype or device, an
+    adapter applied). On a CPU nothing is kept: the packed weights of a call would be wrong after an update.
+    The model carries nothing of all this.
+
+    slots: rows decoded at once (default: all, at most 256). cuda_graphs: record the step on a GPU, and keep
+    buffers between calls. block: steps between looks of the host at what was drawn (default: 8 where Triton
+    runs, else 1).
     """
-    return min(prompts, (1 if group_size == 1 else 3) * -(-slots // group_size) + 1)
 
+    def __init__(self, model, slots=None, cuda_graphs=True, block=None):
+        self.model = model
+        self.asked_slots, self.cuda_graphs, self.asked_block = slots, cuda_graphs, block
+        self.kept: Slots | None = None
+        self.slots: Slots | None = None  # of the call that runs
 
-def free_bytes(device) -> float:
-    """Memory that can still be had on the device; infinite where it cannot be asked."""
-    if device.type == "cuda":  # what the driver has, and what torch holds and does not use
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as f:
-            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts,
+        *,
+        group_size,
+        max_new_tokens,
+        stop_ids,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        seed=0,
+        step=0,
+        prompt_numbers=None,
+        entropy=False,
+        on_group=None,
+        label="sampling",
+    ) -> Rollout:
+        """Draws group_size completions of each prompt.
 
+        prompts: B non-empty lists of ids. max_new_tokens: the longest completion, tokens, or a list of N, one
+        a row; a prompt near the end of the model's context gets what is left. stop_ids: any of them ends a
+        row and stays in it. temperature 0 is greedy. seed, step, prompt_numbers (default 0..B-1): the keys of
+        the draws. entropy: note that of every distribution drawn from, too. on_group(b, ids): called when the
+        last row of prompt b is finished. label: of the progress bar.
 
-def plan_slots(shape, itemsize: int, free: float, *, slots: int, group_size: int, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
-    """The most slots, up to `slots`, whose cache and logits fit in `free` bytes; says so when that is fewer. ValueError if not even one does.
+        Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
+        """
+        numbers = list(range(len(prompts)) if prompt_numbers is None else prompt_numbers)
+        policy = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        check_prompts(self.model.shape, prompts, numbers)
+        check_options(
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            **policy,
+            slots=self.asked_slots,
+            block=self.asked_block,
+        )
+        limits = self.row_limits(prompts, group_size, max_new_tokens)
+        self.open_accounts(prompts, group_size, limits, stop_ids, entropy, on_group)
+        self.prepare_slots()
+        self.progress = Progress(len(limits), label)
+        try:
+            self.prepare_draws(seed, step, numbers, **policy)
+            self.loop()
+            return self.result()
+        finally:
+            self.release()
 
-    Beside the cache a slot has three rows of fp32 numbers as wide as the vocabulary at once: logits, probabilities, and what truncation needs.
-    """
-    fit, need = slots, []
-    while fit:
-        cache = cache_bytes(shape, itemsize, groups=group_places(fit, group_size, prompts), slots=fit, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        need.append(cache + 3 * 4 * shape.V * fit)
-        if need[-1] <= free:
-            break
-        fit -= -(-fit // 8)
-    if not fit:
-        raise ValueError(f"sampling one row at a time needs {need[-1] / 1e9:.2f} GB and {free / 1e9:.2f} GB is free: lower max_new_tokens or use shorter prompts")
-    if fit < slots:
-        print(f"sampling {slots} rows at once would need {need[0] / 1e9:.1f} GB and {free / 1e9:.1f} GB is free: {fit} rows at once")
-    return fit
+    def loop(self):
+        """The whole of sampling: seat rows, run a block, record what was drawn, until no row is live."""
+        if self.prompts_first:
+            while self.queue and len(self.placed) < self.places:
+                self.prefill(len(self.limits))
+        self.seat()  # which row is in which slot
+        while self.live:
+            started = self.run_block()
+            if not started or len(self.running) > self.lag:
+                self.record_block()  # a CPU the one just run, a GPU the one before
+            self.seat()
 
+    # --------------------------------------------------------------------------------- before the first token
+    def row_limits(self, prompts, group_size: int, max_new_tokens) -> list[int]:
+        """The longest completion of each of the N rows: what was asked for, or what the context leaves."""
+        N = len(prompts) * group_size
+        if not isinstance(max_new_tokens, list):
+            max_new_tokens = [max_new_tokens] * N
+        if len(max_new_tokens) != N:
+            raise ValueError(
+                f"{len(max_new_tokens)} max_new_tokens for {N} rows: give one number, or one a row"
+            )
+        context = self.model.shape.context
+        return [
+            min(longest, context - len(prompts[row // group_size]))
+            for row, longest in enumerate(max_new_tokens)
+        ]
 
-def usable_bytes(device) -> float:
-    """What sampling may take: a fifth of the free memory is left to the activations, and to what else grows in the process."""
-    return 0.8 * free_bytes(device)
+    def open_accounts(self, prompts, group_size: int, limits, stop_ids, entropy: bool, on_group):
+        """What is known of each row and prompt during a call."""
+        B, N = len(prompts), len(limits)
+        self.prompts, self.G, self.limits = prompts, group_size, limits
+        self.stop_ids, self.wants_entropy, self.on_group = set(stop_ids), entropy, on_group
+        self.ids: list[list[int]] = [[] for _ in range(N)]
+        self.logprobs: list[list[float]] = [[] for _ in range(N)]
+        self.entropies: list[list[float]] = [[] for _ in range(N)]
+        self.stopped = [False] * N
+        self.ended = [False] * N
+        self.left = [group_size] * B  # rows of each prompt that are not finished
 
+        self.queue = deque(range(B))  # prompts that are not prefilled yet
+        self.placed: list[int] = []  # the prompt in place 0, 1, .. of the cache
+        self.waiting: deque = deque()  # rows that have their first token and no slot
+        self.live: list[int] = []  # the row in slot 0, 1, ..
+        self.running: deque = deque()  # (rows, steps) of blocks that run and are not recorded yet
+        self.slot_steps = self.finished = self.drawn = 0
 
-def static_blocks(model, block: int, keep: bool, *, slots: int, group_size: int, prompts: int, prompt_tokens: int, new_tokens: int) -> Blocks:
-    """Buffers for decoding in blocks: those the model holds from an earlier call where they are large enough, else new ones.
+    def prepare_slots(self):
+        """Finds or makes slots and a cache large enough for this call."""
+        B, N = len(self.prompts), len(self.limits)
+        self.prompts_first = decode.attention_form(self.model).records
+        self.block = self.asked_block or (decode.BLOCK if self.prompts_first else 1)
+        # A block of one step is for looking at each token at once.
+        self.lag = 1 if self.block > 1 else 0
+        slots = min(256 if self.asked_slots is None else self.asked_slots, N)
+        sizes = dict(
+            prompt_tokens=max(map(len, self.prompts)),
+            # the last token of a row is never read back, so a slot holds one key fewer than the row may have
+            # tokens
+            new_tokens=max(1, max(self.limits) - 1),
+        )
+        self.keeps = self.cuda_graphs and self.prompts_first
+        if self.keeps:
+            self.slots = self.kept = self.kept_slots(slots, **sizes)
+        else:
+            self.kept = None
+            self.slots = self.new_slots(slots, **sizes)
+        self.slot_count = min(slots, self.slots.count)
+        self.places = min(B, self.slots.sizes["groups"])
 
-    The new ones are large enough for the earlier call too, so that training and evaluation do not take turns in building them, unless that
-    takes more than half of the memory.
-    """
-    held = decode.kept(model) if keep else None
-    places = partial(group_places, group_size=group_size, prompts=prompts)
-    if held and held.holds(groups=places(min(slots, held.slots)), slots=slots, block=block, prompt_tokens=prompt_tokens, new_tokens=new_tokens):
-        return held
-    before = held.sizes if held else {}
-    held = model.decode_graphs = None  # gives its memory back, before what is free is counted
-    # in steps of 64, since the longest prompt is another in every batch
-    sizes, size, room = dict(prompt_tokens=-(-prompt_tokens // 64) * 64, new_tokens=new_tokens), (model.shape, model.embed.itemsize), usable_bytes(model.device)
-    fit = plan_slots(*size, room, slots=slots, group_size=group_size, prompts=prompts, **sizes)
-    asked = dict(groups=places(fit), slots=fit, **sizes)
-    both = {name: max(n, before.get(name, 0)) for name, n in asked.items()}
-    if cache_bytes(*size, **both) > max(cache_bytes(*size, **asked), room / 2):
-        both = asked
-    blocks = Blocks(model, block=block, wanted=max(slots, both["slots"]), **both)
-    if keep:
-        decode.keep(model, blocks)
-    return blocks
+    def kept_slots(self, slots: int, **sizes) -> Slots:
+        """The slots of an earlier call where they are large enough and the weights have not moved; else new
+        ones.
+
+        The new ones are large enough for the earlier calls too, so that training and evaluation do not take
+        turns in building them, unless that takes more than half of the memory.
+        """
+        # in steps of 64, since the longest prompt is another in every batch
+        sizes = {name: -(-tokens // 64) * 64 for name, tokens in sizes.items()}
+        held, self.kept = self.kept, None
+        before = {}
+        if held is not None and held.addresses == decode.addresses(self.model):
+            if held.holds(block=self.block, slots=slots, groups=len(self.prompts), **sizes):
+                return held
+            before = held.sizes
+        held = self.slots = None  # gives its memory back, before what is free is counted
+        return self.new_slots(slots, **sizes, before=before)
+
+    def new_slots(self, slots: int, *, prompt_tokens: int, new_tokens: int, before=None) -> Slots:
+        """Slots as many as fit, up to `slots`. before: sizes to reach as well where memory is plentiful."""
+        device, B = self.model.device, len(self.prompts)
+        number = (self.model.shape, self.model.embed.itemsize)
+        tokens = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        batch = dict(group_size=self.G, prompts=B)
+        room = cache.usable_bytes(device)
+        fit = plan_slots(*number, room, slots=slots, **batch, **tokens)
+        sizes = dict(groups=group_places(fit, self.G, B), slots=fit, **tokens)
+        if self.prompts_first:
+            largest = decode.kept_bytes(device)
+            if cache_bytes(*number, **sizes) > largest:
+                largest = room  # it will not be kept in any case
+            sizes["groups"] = plan_places(*number, min(room, largest), slots=fit, **batch, **tokens)
+        if before:
+            both = {name: max(size, before[name]) for name, size in sizes.items()}
+            if cache_bytes(*number, **both) <= max(cache_bytes(*number, **sizes), room / 2):
+                sizes = both
+        asked = dict(slots=slots, groups=B)
+        return Slots(self.model, **sizes, block=self.block, asked=asked)
+
+    def prepare_draws(self, seed: int, step: int, numbers: list[int], *, temperature, top_k, top_p, min_p):
+        """The model and head that draw, the keys of all draws, and how they are drawn."""
+        self.twin, self.head = self.model, partial(logits_fp32, weight=self.model.head)
+        if max(self.limits) >= PACK_STEPS and self.model.device.type == "cpu":
+            self.twin, self.head = packed_copy(self.model)
+        # Every key of the batch at once: ten rounds of integer arithmetic a token would be a third of a small
+        # model's step.
+        positions = torch.arange(0 if temperature == 0 else max(self.limits))
+        samples = torch.arange(self.G)[None, :, None]
+        keys = sampling.token_keys(seed, step, torch.tensor(numbers)[:, None, None], samples, positions)
+        self.keys = keys.view(len(self.limits), -1).to(self.model.device)  # (N, longest)
+
+        self.greedy, self.temperature = temperature == 0, temperature
+        self.top_k, self.top_p, self.min_p = top_k, top_p, min_p
+        static = (temperature, top_k, top_p, min_p, self.wants_entropy)
+        if POLICY_ON_DEVICE and self.slots.can_record(self.cuda_graphs):
+            static = self.put_policy_on_device()
+        self.slots.begin(
+            self.twin,
+            self.choose,
+            stop_ids=self.stop_ids,
+            slots=self.slot_count,
+            cuda_graphs=self.cuda_graphs,
+            static=static,
+        )
+
+    def put_policy_on_device(self):
+        """Lets a recorded step read temperature, top_p and min_p from memory. Returns what it still has in
+        it.
+
+        Otherwise a schedule of the temperature would record new graphs at every step.
+        """
+        numbers = self.slots.policy
+        numbers.copy_(torch.tensor([self.temperature, self.top_p, self.min_p]))
+        self.temperature = numbers[0]
+        if not sampling.on_triton(numbers):
+            return self.greedy, self.top_k, self.top_p, self.min_p, self.wants_entropy
+        static = (self.greedy, self.top_k, self.top_p < 1, self.min_p > 0, self.wants_entropy)
+        # without a cut the kernel is another one, which has to be known when it is launched
+        if self.top_p < 1:
+            self.top_p = numbers[1]
+        if self.min_p > 0:
+            self.min_p = numbers[2]
+        return static
+
+    # ------------------------------------------------------------------------------------------------ prefill
+    def prefill(self, wanted: int):
+        """Prefills whole groups, as many as `wanted` rows and the free places ask for, and draws their first
+        tokens."""
+        most_tokens = PREFILL_TOKENS_TRITON if self.prompts_first else PREFILL_TOKENS
+        first, batch, tokens = len(self.placed), [], 0
+        while self.queue and len(batch) * self.G < wanted and len(self.placed) < self.places:
+            b = self.queue[0]
+            # the logits of as many rows as there are slots are planned for
+            full = tokens + len(self.prompts[b]) > most_tokens or len(batch) == self.slot_count
+            if batch and full:
+                break
+            batch.append(self.queue.popleft())
+            tokens += len(self.prompts[b])
+            self.placed.append(b)
+        places = list(range(first, len(self.placed)))
+        plan = Prefill(self.model, [self.prompts[b] for b in batch], self.slots.cache, places)
+        hidden = self.twin(plan.ids, plan.positions, plan)[plan.last]  # (groups, D)
+        rows = [row for b in batch for row in range(b * self.G, (b + 1) * self.G)]
+        key = None if self.greedy else self.keys[upload(rows, hidden.device), 0]
+        token, logp, entropy = self.choose(hidden, key, times=self.G)
+        entropies = None if entropy is None else entropy.tolist()
+        self.record(rows, token.tolist(), logp.tolist(), entropies)
+        self.waiting.extend(row for row in rows if not self.ended[row])
+
+    # -------------------------------------------------------------------------------------------------- seats
+    def seat(self):
+        """Gives free slots to waiting rows, prefilling prompts for them as needed; what stays free is closed
+        up."""
+        free = [slot for slot, row in enumerate(self.live) if self.ended[row]]
+        vacant = free + list(range(len(self.live), self.slot_count))
+        while self.queue and len(self.waiting) < len(vacant) and len(self.placed) < self.places:
+            missing = len(vacant) - len(self.waiting)
+            # where a prefill costs the same whatever its size, every free place is filled at once
+            self.prefill(len(self.limits) if self.prompts_first else missing)
+        taken, empty = vacant[: len(self.waiting)], free[len(self.waiting) :]
+        if taken:
+            self.enter(taken, [self.waiting.popleft() for _ in taken])
+        if empty:
+            self.close_up(empty)
+        if self.live and (taken or free):  # else all sit where they sat
+            place = {b: i for i, b in enumerate(self.placed)}
+            self.slots.seat([place[row // self.G] for row in self.live])
+
+    def enter(self, slots: list[int], rows: list[int]):
+        """Puts rows whose first token is drawn into slots."""
+        for slot, row in zip(slots, rows):
+            self.live[slot : slot + 1] = [row]  # a new slot is always the next one
+        tokens = [self.ids[row][0] for row in rows]
+        lengths = [len(self.prompts[row // self.G]) for row in rows]
+        limits = [self.limits[row] for row in rows]
+        columns = upload([slots, rows, tokens, lengths, limits], self.keys.device)
+        slot, row, token, length, limit = columns
+        self.slots.enter(slot, token, length, limit, self.keys[row])
+
+    def close_up(self, empty: list[int]):
+        """The last live rows move into empty slots, so that live rows are in slots 0..n-1 again."""
+        n, gone = len(self.live) - len(empty), set(empty)
+        holes = [slot for slot in empty if slot < n]
+        movers = [slot for slot in range(n, len(self.live)) if slot not in gone]
+        if holes:
+            for hole, mover in zip(holes, movers):
+                self.live[hole] = self.live[mover]
+            source, target = upload([movers, holes], self.keys.device)
+            self.slots.move(source, target)
+        del self.live[n:]
+
+    # ------------------------------------------------------------------------------------- running, recording
+    def run_block(self) -> bool:
+        """Starts a block of steps of all live rows. False: the blocks that run take every row to its limit
+        already."""
+        coming = {row: steps for rows, steps in self.running for row in rows}
+        tokens = [len(self.ids[row]) + coming.get(row, 0) for row in self.live]
+        left = max(self.limits[row] - n for row, n in zip(self.live, tokens))
+        if left <= 0:
+            return False
+        steps = min(self.block, left)
+        # a row has drawn one token more than it has keys
+        size = self.slots.run(len(self.live), steps, longest=max(tokens) - 1)
+        if self.queue or self.waiting:
+            size = max(size, self.slot_count)  # an empty slot is waste while somebody waits for it
+        self.slot_steps += steps * size
+        self.running.append((list(self.live), steps))
+        return True
+
+    def record_block(self):
+        """Records what the oldest block drew that nobody has looked at."""
+        rows, steps = self.running.popleft()
+        tokens, logps, entropies = self.slots.read()
+        for i in range(steps):
+            # what a finished row went on to draw is nothing
+            on = [slot for slot, row in enumerate(rows) if not self.ended[row]]
+            self.record(
+                [rows[slot] for slot in on],
+                [tokens[i][slot] for slot in on],
+                [logps[i][slot] for slot in on],
+                [entropies[i][slot] for slot in on],
+            )
+
+    def record(self, rows: list[int], tokens: list[int], logps: list[float], entropies: list[float] | None):
+        """Notes what each row drew, and closes the accounts of rows for which that was the last."""
+        if not math.isfinite(sum(logps)):
+            raise FloatingPointError(
+                "the model's logits are not finite: its weights are broken "
+                "(a learning rate too high, or a damaged checkpoint)"
+            )
+        if self.wants_entropy:
+            for row, entropy in zip(rows, entropies):
+                self.entropies[row].append(entropy)
+        ended = []
+        for row, token, logp in zip(rows, tokens, logps):
+            ids = self.ids[row]
+            ids.append(token)
+            self.logprobs[row].append(logp)
+            if token in self.stop_ids or len(ids) == self.limits[row]:
+                self.stopped[row] = token in self.stop_ids
+                self.ended[row] = True
+                ended.append(row)
+        for row in ended:
+            self.leave(row // self.G)
+        self.drawn += len(rows)
+        self.finished += len(ended)
+        self.progress.show(self.finished, self.drawn)
+
+    def leave(self, b: int):
+        """A row of prompt b is finished. When it was the last, nobody reads the prompt: the last one takes
+        its place."""
+        self.left[b] -= 1
+        if self.left[b]:
+            return
+        if self.on_group:
+            self.on_group(b, self.ids[b * self.G : (b + 1) * self.G])
+        place, last = self.placed.index(b), self.placed.pop()
+        if last != b:
+            self.slots.cache.move_group(len(self.placed), place)
+            self.placed[place] = last
+
+    def choose(self, hidden, key, times=1):
+        """Draws a token of each row -> ids (n,), log-probabilities (n,), entropies (n,) or None.
+
+        hidden (n / times, D): the first tokens of a group are `times` draws from the same logits. key (n,):
+        of each draw; not read at temperature 0.
+        """
+        logits = self.head(hidden)  # (n / times, V) fp32
+        if self.greedy:
+            key = None
+        if sampling.on_triton(logits):  # all that follows in one launch
+            policy = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+            return sampling.sample(logits, key, **policy, times=times)
+        if not self.greedy:
+            if torch.is_tensor(self.temperature) or self.temperature != 1:
+                logits.div_(self.temperature)
+            if self.top_k or self.top_p < 1 or self.min_p:
+                truncate_(logits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        if times > 1:
+            logits = logits.repeat_interleave(times, 0)
+        entropy = None
+        if self.wants_entropy:  # a pass over the logits, which few objectives need
+            entropy = sampling.entropy(logits)
+        token, logp = sampling.greedy(logits) if self.greedy else sampling.draw(logits, key)
+        return token, logp, entropy
+
+    # ------------------------------------------------------------------------------------- after the last one
+    def result(self) -> Rollout:
+        stats = dict(
+            seconds=time.perf_counter() - self.progress.start,
+            tokens=self.drawn,
+            slot_steps=self.slot_steps,
+            useful_slot_steps=self.drawn - len(self.ids),
+            slots=self.slot_count,
+            cache_bytes=self.slots.bytes(),
+        )
+        return Rollout(self.ids, self.logprobs, self.stopped, self.entropies, stats)
+
+    def release(self):
+        """Drops what belongs to this call alone: packed weights, keys, and slots that are not kept."""
+        self.progress.close()
+        self.slots.end()
+        self.twin = self.head = self.keys = None
+        if self.kept is not None and self.kept.bytes() > decode.kept_bytes(self.model.device):
+            self.kept = None
+        self.slots = None
 
 
 class Prefill(Packed):
-    """The plan of prompts alone, which also leaves their keys and values in the cache, prompt i in place groups[i]."""
+    """The plan of prompts alone, which also leaves their keys and values in the cache: prompt i in
+    places[i]."""
 
-    def __init__(self, model, prompts, cache: Cache, groups: list[int]):
+    def __init__(self, model, prompts, cache, places: list[int]):
         super().__init__(model, prompts, [[] for _ in prompts])
         self.cache = cache
         lengths = torch.tensor([len(p) for p in prompts])
-        self.group = torch.tensor(groups).repeat_interleave(lengths).to(model.device)
-        self.last = (lengths.cumsum(0) - 1).to(model.device)  # where the first token of every completion is predicted from
+        self.place = torch.tensor(places).repeat_interleave(lengths).to(model.device)  # of each token
+        # where the first token of every completion is predicted from
+        self.last = (lengths.cumsum(0) - 1).to(model.device)
 
     def attend(self, layer, q, k, v):
-        self.cache.prompt_k[layer][self.group, :, self.positions] = k
-        self.cache.prompt_v[layer][self.group, :, self.positions] = v
+        self.cache.prompt_k[layer][self.place, :, self.positions] = k
+        self.cache.prompt_v[layer][self.place, :, self.positions] = v
         return super().attend(layer, q, k, v)
-
-
-class Decode:
-    """The plan of one decoding step: row i adds its key to slot i and sees its group's prompt and its own tokens.
-
-    The prompt's part runs once a group: the rows of a group stand together as queries, so a prompt's keys are read once and not G times. For
-    that, rows are laid on a grid of g groups x m places (`grid`, unused places hold any row), and `back` finds each row on it. The R query
-    heads of a key head are R rows of queries, so no key is expanded.
-    """
-
-    def __init__(self, cache: Cache, slots: int, device, dtype):
-        self.cache, self.n, self.g, self.m, self.c = cache, 0, 0, 0, 0
-        # additive mask over [prompt | own] keys of each slot; own keys open one by one as they are written
-        self.mask = torch.full((slots, 1, 1, cache.P + cache.C), float("-inf"), dtype=dtype, device=device)
-        self.key_position = torch.arange(cache.P, device=device)
-        self.slots = torch.arange(slots, device=device)
-        K = cache.own_k.shape[2]
-        self.first_key = torch.arange(slots * K, device=device).view(slots, K) * cache.C  # of each slot and key head, as if own_k were flat
-
-    def compose(self, groups: list[int]):
-        """Lays the grid for live rows whose groups' places are `groups`; called when a row leaves or enters."""
-        members: list[list[int]] = [[] for _ in range(max(groups) + 1)]
-        for row, group in enumerate(groups):
-            members[group].append(row)
-        self.n, self.g, self.m = len(groups), len(members), max(map(len, members))
-        grid, back = [0] * (self.g * self.m), [0] * self.n
-        for group, rows in enumerate(members):
-            for i, row in enumerate(rows):
-                grid[group * self.m + i] = row
-                back[row] = group * self.m + i
-        # whole groups in order are a grid already: four gathers a layer less, 10-20 % of attend
-        self.is_grid = grid == list(range(self.n))
-        self.grid, self.back = (torch.tensor(x, device=self.mask.device) for x in (grid, back))
-
-    def enter(self, slots, prompt_lengths):
-        """Opens slots (i,) for new rows: each sees its prompt, prompt_lengths (i,), and nothing of its own yet."""
-        self.mask[slots] = float("-inf")
-        self.mask[slots, 0, 0, : self.cache.P] = torch.where(self.key_position < prompt_lengths[:, None], 0.0, float("-inf")).to(self.mask.dtype)
-
-    def advance(self, own, longest: int):
-        """Before a step: own (n,) is how many tokens each row has in its slot, longest the most of them; their next key opens."""
-        self.c, self.write = longest + 1, (self.first_key[: self.n] + own[:, None]).flatten()
-        self.mask[self.slots[: self.n], 0, 0, self.cache.P + own] = 0.0
-
-    def attend(self, layer, q, k, v):
-        """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
-        (n, H, E), (_, K, _), g, m, c, P = q.shape, k.shape, self.g, self.m, self.c, self.cache.P
-        R, own_k, own_v = H // K, self.cache.own_k[layer], self.cache.own_v[layer]
-        own_k.view(-1, E).index_copy_(0, self.write, k.reshape(n * K, E))  # as [slots, :, own] = k, in 0.7x of the time
-        own_v.view(-1, E).index_copy_(0, self.write, v.reshape(n * K, E))
-        own_k, own_v = own_k[:n, :, :c].flatten(0, 1), own_v[:n, :, :c].flatten(0, 1)  # (n*K, c, E), views
-        prompt_k, prompt_v = self.cache.prompt_k[layer][:g].flatten(0, 1), self.cache.prompt_v[layer][:g].flatten(0, 1)  # (g*K, P, E)
-
-        q = q * E**-0.5
-        own = torch.bmm(q.reshape(n * K, R, E), own_k.transpose(1, 2)).view(n, K, R, c)
-        on_grid = self.to_grid(q).view(g, m, K, R, E).transpose(1, 2).reshape(g * K, m * R, E)
-        prompt = self.from_grid(torch.bmm(on_grid, prompt_k.transpose(1, 2)).view(g, K, m, R, P).transpose(1, 2).reshape(g * m, K, R, P))
-        # one softmax over both parts: a row's keys are its prompt's and its own
-        w = torch.cat([prompt, own], -1).add_(self.mask[:n, ..., : P + c]).softmax(-1)
-        out = torch.bmm(w[..., P:].reshape(n * K, R, c), own_v).view(n, H, E)
-        on_grid = self.to_grid(w[..., :P]).view(g, m, K, R, P).transpose(1, 2).reshape(g * K, m * R, P)
-        return out.add_(self.from_grid(torch.bmm(on_grid, prompt_v).view(g, K, m, R, E).transpose(1, 2).reshape(g * m, H, E)))
-
-    def to_grid(self, x):
-        return x if self.is_grid else x.index_select(0, self.grid)
-
-    def from_grid(self, x):
-        return x if self.is_grid else x.index_select(0, self.back)
 
 
 class Progress:
     """A line that moves while rows finish, when standard error is a terminal; nothing otherwise."""
 
     def __init__(self, total: int, label: str):
-        self.total, self.label, self.start, self.last = total, label, time.perf_counter(), 0.0
+        self.total, self.label = total, label
+        self.start, self.last = time.perf_counter(), 0.0
         self.shown = sys.stderr.isatty()
 
     def show(self, done: int, tokens: int):
         now = time.perf_counter()
-        if self.shown and now - self.last > 0.2:
-            self.last = now
-            bar = "#" * (20 * done // self.total)
-            print(f"\r{self.label} [{bar:20}] {done}/{self.total}  {tokens / (now - self.start):,.0f} tokens/s ", end="", file=sys.stderr, flush=True)
+        if not self.shown or now - self.last <= 0.2:
+            return
+        self.last = now
+        bar = "#" * (20 * done // self.total)
+        rate = tokens / (now - self.start)
+        line = f"\r{self.label} [{bar:20}] {done}/{self.total}  {rate:,.0f} tokens/s "
+        print(line, end="", file=sys.stderr, flush=True)
 
     def close(self):
         if self.shown:
             print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
 
 
-def generate(model, prompts, *, group_size, max_new_tokens, stop_ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, slots=None,
-             seed=0, step=0, prompt_numbers=None, entropy=False, on_group=None, label="sampling", cuda_graphs=True, block=None) -> Rollout:
-    """Draws group_size completions of each prompt.
-
-    prompts: B non-empty lists of ids. max_new_tokens: the longest completion, tokens; a prompt near the end of the model's context gets
-    what is left. stop_ids: any of them ends a row and stays in it. temperature 0 is greedy. slots: rows decoded at once
-    (default: all, at most 256). seed, step, prompt_numbers (default 0..B-1): the keys of the draws. entropy: note that of every
-    distribution drawn from, too. on_group(b, ids): called when the last row of prompt b is finished. label: of the progress bar.
-    block: steps between looks of the host at what was drawn; 0: the plan for a CPU, which looks after every step (default: 8 where Triton runs,
-    else 0). cuda_graphs: with blocks, record their step on a GPU, and leave buffers and graphs with the model for the next call (decode.py).
-
-    Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
-    """
-    numbers = list(range(len(prompts)) if prompt_numbers is None else prompt_numbers)
-    check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers, block)
-    limits = [min(max_new_tokens, model.shape.context - len(p)) for p in prompts for _ in range(group_size)]
-    sampler = Sampler(model, prompts, group_size, limits, stop_ids, (temperature, top_k, top_p, min_p), slots, (seed, step, numbers), label, entropy, on_group,
-                      cuda_graphs, block)
-    return sampler.run()
-
-
-class Sampler:
-    """One call of `generate`: the queue, the rows in slots, and what they have drawn so far.
-
-    limits: N, the longest completion of each row; policy: temperature, top_k, top_p, min_p; key: seed, step and the prompts' numbers.
-    """
-
-    def __init__(self, model, prompts, group_size, limits, stop_ids, policy, slots, key, label, entropy=False, on_group=None, cuda_graphs=True, block=None):
-        B, G, dev = len(prompts), group_size, model.device
-        self.model, self.prompts, self.G, self.limits, self.stop_ids = model, prompts, G, limits, set(stop_ids)
-        self.temperature, self.top_k, self.top_p, self.min_p = policy
-        # the last token of a row is never read back, so a slot holds one key fewer than the row may have tokens
-        sizes = dict(prompt_tokens=max(map(len, prompts)), new_tokens=max(1, max(limits) - 1))
-        self.block = (decode.BLOCK if flash.on_triton(model.embed) else 0) if block is None else block
-        slots = min(slots or 256, B * G)
-        if self.block:
-            self.plan = static_blocks(model, self.block, cuda_graphs, slots=slots, group_size=G, prompts=B, **sizes)
-            self.slots, self.cache = min(slots, self.plan.slots), self.plan.cache
-            self.plan.begin(slots=self.slots, stop_ids=stop_ids, graphs=cuda_graphs)
-        else:
-            self.slots = plan_slots(model.shape, model.embed.itemsize, usable_bytes(dev), slots=slots, group_size=G, prompts=B, **sizes)
-            self.cache = Cache(model, groups=group_places(self.slots, G, B), slots=self.slots, **sizes)
-            self.plan = Decode(self.cache, self.slots, dev, model.dtype)
-            # of each slot: its row, the token to feed, how many own tokens are in the cache, its prompt's length
-            self.row, self.token, self.own, self.prompt_length = (torch.zeros(self.slots, dtype=torch.long, device=dev) for _ in range(4))
-        self.state = self.plan.state if self.block else (self.row, self.token, self.own, self.prompt_length, self.plan.mask)
-        self.places = group_places(self.slots, G, B)
-        self.flying = None  # the block that runs: its number, steps and rows
-        # every key of the batch at once: ten rounds of integer arithmetic a token would be a third of a small model's step
-        seed, step, numbers = key
-        self.keys = sampling.token_keys(seed, step, torch.tensor(numbers)[:, None, None], torch.arange(G)[None, :, None],
-                               torch.arange(max(limits) if self.temperature else 0)).view(B * G, -1).to(dev)
-        self.ids, self.logprobs, self.entropies, self.stopped = *([[] for _ in range(B * G)] for _ in range(3)), [False] * (B * G)
-        self.ended = [False] * (B * G)
-        self.wants_entropy, self.on_group = entropy, on_group
-        self.queue = deque(range(B))  # prompts not prefilled yet
-        self.waiting = deque()  # rows that have their first token and no slot
-        self.live: list[int] = []  # the row in slot 0, 1, ..
-        self.placed: list[int] = []  # the prompt in place 0, 1, .. of the cache
-        self.left = [G] * B  # rows of each prompt that are not finished
-        self.slot_steps = self.done = self.drawn = 0
-        self.progress, self.start = Progress(B * G, label), time.perf_counter()
-
-    @torch.no_grad()
-    def run(self) -> Rollout:
-        # copying the weights takes as long as a dozen steps save
-        with packed(self.model) if max(self.limits) >= PACK_STEPS else nullcontext() as head:
-            self.head = head or partial(logits_fp32, weight=self.model.head)
-            self.seat([])
-            while self.live:
-                self.seat(self.decode_block() if self.block else self.decode())
-        self.progress.close()
-        stats = dict(seconds=time.perf_counter() - self.start, tokens=self.drawn, slot_steps=self.slot_steps, useful_slot_steps=self.drawn - len(self.ids),
-                     slots=self.slots, cache_bytes=self.cache.bytes())
-        return Rollout(self.ids, self.logprobs, self.stopped, self.entropies, stats)
-
-    def decode(self) -> list[int]:
-        """One token for every live row. Returns the slots whose rows are finished."""
-        n = len(self.live)
-        own, rows = self.own[:n], self.row[:n]
-        self.plan.advance(own, max([len(self.ids[row]) for row in self.live]) - 1)  # a row has drawn one token more than it has keys
-        hidden = self.model(self.token[:n], self.prompt_length[:n] + own, self.plan)
-        own += 1
-        token, logp, entropies = self.choose(hidden, self.keys[rows, own] if self.temperature else None)
-        self.token[:n] = token
-        self.slot_steps += self.slots if self.queue or self.waiting else n  # an empty slot is waste while somebody waits for it
-        return self.record(self.live, *lists(token, logp, entropies))
-
-    def decode_block(self) -> list[int]:
-        """Launches up to `block` steps of every live row, then records what the block before drew. Returns the slots whose rows are finished."""
-        before, (number, steps, rows) = self.flying, self.flying or (0, 0, [])
-        coming = {row: steps for row in rows}
-        left = max(self.limits[row] - len(self.ids[row]) - coming.get(row, 0) for row in self.live)
-        self.flying = None
-        if left > 0:  # else all rows are through once that block is
-            ahead = min(self.block, left)
-            size = self.plan.launch(self.model, len(self.live), ahead, self.choose, (self.temperature, self.top_k, self.top_p, self.min_p, self.wants_entropy))
-            self.slot_steps += ahead * (max(size, self.slots) if self.queue or self.waiting else size)
-            self.flying = self.plan.launched, ahead, list(self.live)
-        for tokens, logps, entropies in zip(*self.plan.read(number, steps, len(rows))) if before else ():
-            on = [i for i, row in enumerate(rows) if not self.ended[row]]  # what a finished row went on to draw is nothing
-            self.record([rows[i] for i in on], *([x[i] for i in on] for x in (tokens, logps, entropies)))
-        # own keys of any row at most, for moves
-        self.plan.c = min(self.cache.C, max(len(self.ids[row]) for row in self.live) + (self.flying[1] if self.flying else 0))
-        return [slot for slot, row in enumerate(self.live) if self.ended[row]]
-
-    def choose(self, hidden, key, times=1):
-        """Draws a token of each row from its hidden state and its key (n,) -> ids (n,), log-probabilities (n,), entropies (n,) or None.
-
-        hidden (n / times, D): the first tokens of a group are `times` draws from the same logits. key: not read at temperature 0.
-        """
-        logits, key = self.head(hidden), key if self.temperature else None
-        if sampling.on_triton(logits):  # all that follows in one launch
-            return sampling.sample(logits, key, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, times=times)
-        if self.temperature not in (0, 1):
-            logits.div_(self.temperature)
-        if self.temperature and (self.top_k or self.top_p < 1 or self.min_p):
-            truncate_(logits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
-        if times > 1:
-            logits = logits.repeat_interleave(times, 0)
-        entropies = sampling.entropy(logits) if self.wants_entropy else None  # a pass over the logits, which few objectives need
-        return *(sampling.draw(logits, key) if self.temperature else sampling.greedy(logits)), entropies
-
-    def record(self, rows: list[int], tokens: list[int], logps: list[float], entropies: list[float] | None) -> list[int]:
-        """Notes what each row drew. Returns the indices of the rows for which that was the last, and closes their accounts."""
-        if self.wants_entropy:
-            for row, h in zip(rows, entropies):
-                self.entropies[row].append(h)
-        if not math.isfinite(sum(logps)):
-            raise FloatingPointError("the model's logits are not finite: its weights are broken (a learning rate too high, or a damaged checkpoint)")
-        ended = []
-        for i, row in enumerate(rows):
-            ids = self.ids[row]
-            ids.append(tokens[i])
-            self.logprobs[row].append(logps[i])
-            if tokens[i] in self.stop_ids or len(ids) == self.limits[row]:
-                self.stopped[row], self.ended[row] = tokens[i] in self.stop_ids, True
-                ended.append(i)
-        for i in ended:
-            self.leave(rows[i] // self.G)
-        self.drawn += len(rows)
-        self.done += len(ended)
-        self.progress.show(self.done, self.drawn)
-        return ended
-
-    def leave(self, b: int):
-        """A row of prompt b is finished. When it was the last, nobody reads the prompt any more: the last one placed takes its place."""
-        self.left[b] -= 1
-        if not self.left[b]:
-            if self.on_group:
-                self.on_group(b, self.ids[b * self.G : (b + 1) * self.G])
-            place, last = self.placed.index(b), self.placed.pop()
-            if last != b:
-                self.cache.move_group(len(self.placed), place)
-                self.placed[place] = last
-
-    def seat(self, free: list[int]):
-        """Gives free slots to waiting rows, prefilling prompts for them as needed; what stays free is closed up."""
-        vacant = free + list(range(len(self.live), self.slots))
-        while self.queue and len(self.waiting) < len(vacant) and len(self.placed) < self.places:
-            self.prefill(len(vacant) - len(self.waiting))
-        taken, empty = vacant[: len(self.waiting)], free[len(self.waiting) :]
-        if taken:
-            self.enter(taken, [self.waiting.popleft() for _ in taken])
-        if empty:
-            self.close_up(empty)
-        if self.live and (taken or free):  # the grid costs about as much as a layer, so it is laid again only when rows came or went
-            place = {b: i for i, b in enumerate(self.placed)}
-            self.plan.compose([place[row // self.G] for row in self.live])
-
-    def enter(self, slots: list[int], rows: list[int]):
-        """Puts rows whose first token is drawn into slots."""
-        for slot, row in zip(slots, rows):
-            self.live[slot : slot + 1] = [row]  # a new slot is always the next one
-        prompts = [len(self.prompts[row // self.G]) for row in rows]
-        slot, row, token, length, limit = upload([slots, rows, [self.ids[row][0] for row in rows], prompts, [self.limits[row] for row in rows]], self.keys.device)
-        if self.block:
-            self.plan.enter(slot, token, length, limit, self.keys[row])
-        else:
-            self.row[slot], self.token[slot], self.own[slot], self.prompt_length[slot] = row, token, 0, length
-            self.plan.enter(slot, length)
-
-    def close_up(self, empty: list[int]):
-        """The last live rows move into empty slots, so that live rows are slots 0..n-1 again."""
-        n, gone = len(self.live) - len(empty), set(empty)
-        holes, movers = [s for s in empty if s < n], [s for s in range(n, len(self.live)) if s not in gone]
-        if holes:
-            for hole, mover in zip(holes, movers):
-                self.live[hole] = self.live[mover]
-            source, target = upload([movers, holes], self.keys.device)
-            self.cache.move_rows(source, target, self.plan.c)
-            for x in self.state:
-                x[target] = x[source]
-        del self.live[n:]
-
-    def prefill(self, wanted: int):
-        """Prefills whole groups, as many as `wanted` rows and the cache's places ask for; their first tokens are drawn, they wait."""
-        batch, tokens, first = [], 0, len(self.placed)
-        while self.queue and len(batch) * self.G < wanted and len(self.placed) < self.places and (
-                not batch or tokens + len(self.prompts[self.queue[0]]) <= PREFILL_TOKENS):
-            batch.append(self.queue.popleft())
-            tokens += len(self.prompts[batch[-1]])
-            self.placed.append(batch[-1])
-        plan = Prefill(self.model, [self.prompts[b] for b in batch], self.cache, list(range(first, len(self.placed))))
-        hidden = self.model(plan.ids, plan.positions, plan)[plan.last]  # (groups, D)
-        rows = [row for b in batch for row in range(b * self.G, (b + 1) * self.G)]
-        key = self.keys[upload(rows, hidden.device), 0] if self.temperature else None
-        ended = set(self.record(rows, *lists(*self.choose(hidden, key, times=self.G))))
-        self.waiting.extend(row for i, row in enumerate(rows) if i not in ended)
-
-
-def lists(*tensors) -> list:
-    return [t if t is None else t.tolist() for t in tensors]
-
-
-def check_options(model, prompts, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, numbers, block=None):
-    """Raises ValueError, in one sentence, for what `generate` cannot do."""
+def check_prompts(shape, prompts, numbers):
+    """Raises ValueError, in one sentence, for prompts that nothing can be sampled after."""
     if not prompts:
         raise ValueError("there is no prompt to sample from")
     if len(numbers) != len(prompts):
-        raise ValueError(f"{len(numbers)} prompt_numbers for {len(prompts)} prompts: each prompt needs its own")
+        raise ValueError(
+            f"{len(numbers)} prompt_numbers for {len(prompts)} prompts: each prompt needs its own"
+        )
     for b, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {b} is empty: at least one token must come before a completion")
-        if min(prompt) < 0 or max(prompt) >= model.shape.V:
-            raise ValueError(f"prompt {b} has ids from {min(prompt)} to {max(prompt)} and the model knows 0 to {model.shape.V - 1}: was it made by another tokenizer?")
-        if len(prompt) >= model.shape.context:
-            raise ValueError(f"prompt {b} has {len(prompt)} tokens and the model's context is {model.shape.context}: nothing could be sampled after it")
-    for name, value, good in (("group_size", group_size, group_size >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-                              ("temperature", temperature, temperature >= 0), ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1),
-                              ("min_p", min_p, 0 <= min_p <= 1), ("slots", slots, slots is None or slots >= 1), ("block", block, block is None or block >= 0)):
+        if min(prompt) < 0 or max(prompt) >= shape.V:
+            raise ValueError(
+                f"prompt {b} has ids from {min(prompt)} to {max(prompt)} and the model knows 0 to "
+                f"{shape.V - 1}: was it made by another tokenizer?"
+            )
+        if len(prompt) >= shape.context:
+            raise ValueError(
+                f"prompt {b} has {len(prompt)} tokens and the model's context is {shape.context}: "
+                "nothing could be sampled after it"
+            )
+
+
+def check_options(*, group_size, max_new_tokens, temperature, top_k, top_p, min_p, slots, block):
+    """Raises ValueError, in one sentence, for an option that is out of range."""
+    shortest = min(max_new_tokens, default=1) if isinstance(max_new_tokens, list) else max_new_tokens
+    checks = [
+        ("group_size", group_size, group_size >= 1),
+        ("max_new_tokens", max_new_tokens, shortest >= 1),
+        ("temperature", temperature, temperature >= 0),
+        ("top_k", top_k, top_k >= 0),
+        ("top_p", top_p, 0 < top_p <= 1),
+        ("min_p", min_p, 0 <= min_p <= 1),
+        ("slots", slots, slots is None or slots >= 1),
+        ("block", block, block is None or block >= 1),
+    ]
+    for name, value, good in checks:
         if not good:
             raise ValueError(f"{name}={value} makes no sense: see the comment of its key in config.py")
