@@ -220,9 +220,8 @@ def test_a_save_killed_at_any_line_leaves_the_old_or_the_new_checkpoint_whole(tm
         [sys.executable, "-c", KILLER, str(tmp_path), *paths], capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert (
-        run.stdout.count("died at") == 2 and "warning" not in run.stdout
-    )  # nor a folder that newest() had to pass over
+    # Nor was there ever a folder that newest() had to pass over.
+    assert run.stdout.count("died at") == 2 and "warning" not in run.stdout
 
 
 def test_content_and_folders_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):

@@ -58,11 +58,8 @@ def test_start_is_pefts_and_a_function_of_the_seed(rank, alpha):
     assert torch.equal(first, same) and not torch.equal(first, other)
     for layer in lora.layers(a).values():
         bound = layer.base.weight.shape[1] ** -0.5  # kaiming_uniform(a=sqrt(5)), as nn.Linear's weight
-        assert (
-            layer.scale == alpha / rank
-            and layer.A.abs().max() <= bound
-            and abs(float(layer.A.detach().std()) / (bound / 3**0.5) - 1) < 0.35
-        )
+        assert layer.scale == alpha / rank and layer.A.abs().max() <= bound
+        assert abs(float(layer.A.detach().std()) / (bound / 3**0.5) - 1) < 0.35
         assert not any(B.any() for B in layer.B)
 
 
@@ -152,10 +149,8 @@ def test_bf16_base_has_fp32_adapters_that_learn():
         m.completion_logprobs(*BATCH)[0].sum().backward()
     for (name, a), b in zip(model.named_parameters(), exact.parameters()):
         if a.requires_grad:
-            assert (
-                a.grad.dtype == torch.float32
-                and F.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0) > 0.98
-            ), name
+            alike = F.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0)
+            assert a.grad.dtype == torch.float32 and alike > 0.98, name
     assert (model.logits(IDS) - exact.logits(IDS)).norm() < 0.05 * exact.logits(IDS).norm()
 
 
@@ -252,10 +247,9 @@ def test_merged_weights_are_added_in_fp32_and_rounded_once():
     state = lora.merged_state(model)
     layer = lora.layers(model)["blocks.0.down"]
     exact = layer.base.weight.double() + layer.scale * layer.B[0].double() @ layer.A.double()
-    assert (
-        torch.equal(state["blocks.0.down.weight"], exact.float().bfloat16())
-        or (state["blocks.0.down.weight"] != exact.bfloat16()).float().mean() < 0.01
-    )
+    merged = state["blocks.0.down.weight"]
+    through_fp32 = torch.equal(merged, exact.float().bfloat16())
+    assert through_fp32 or (merged != exact.bfloat16()).float().mean() < 0.01
     assert state.keys() == dict(models.create(dict(TINY), seed=0).named_parameters()).keys()
     assert all(t.dtype == torch.bfloat16 for t in state.values())
 
@@ -393,11 +387,8 @@ def test_alpha_is_written_as_an_int_where_it_is_one(tmp_path):
     for alpha, written in ((32.0, 32), (10.0, 10), (0.5, 0.5)):
         lora.save_adapter(adapted(alpha=alpha), str(tmp_path), base="x/y")
         found = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert (
-            found["lora_alpha"] == written
-            and type(found["lora_alpha"]) is type(written)
-            and found["base_model_name_or_path"] == "x/y"
-        )
+        assert found["lora_alpha"] == written and type(found["lora_alpha"]) is type(written)
+        assert found["base_model_name_or_path"] == "x/y"
 
 
 @pytest.mark.parametrize(
