@@ -1,103 +1,179 @@
-"""What stays the same over a run: model, tokenizer, task, rewards, optimiser, and the reference of the KL term.
+"""What stays the same over a run: model, tokenizer, task, rewards, optimiser, and the reference of the KL
+term.
 
-train.py makes one Run and takes steps with it. Two things here are easily got wrong elsewhere. The reference is the function that training
-started from, in all four cases: none (beta 0), the model with its adapters off, the model with the adapter it started from, a frozen copy. And
-a run that is resumed rebuilds each of them from what the start left on the disk, not from what training has made of it.
+train.py makes one Run and takes steps with it. Two things here are easily got wrong elsewhere. The
+reference is the function that training started from, in all four cases: none (beta 0), the model with its
+adapters off, the model with the adapter it started from, a frozen copy. And a run that is resumed rebuilds
+each of them from what the start left on the disk, not from what training has made of it.
 """
+
 import contextlib
 import copy
-import os
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import checkpoint
-import eval as evaluation
+import config as configs
+import data
 import kernels
 import lora
+import loss
 import optim
+import ranks
 import rewards as rewarding
-import sft
-from log import rank, say, world
-from sample import load_policy, pick_device, save_policy
+import warmup
+from policy import load_policy, pick_device, save_policy
+from rollout import Sampler
+
+# Keys that say which weights a checkpoint holds: a resumed run must have the same.
+IDENTITY = (
+    "model",
+    "scratch",
+    "alphabet",
+    "adapter",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "seed",
+    "sft_steps",
+)
 
 
 class Run:
-    """What stays the same over a run: model, tokenizer, task, rewards, optimiser, reference."""
+    """What stays the same over a run, and `state`: all that changes beside weights and optimiser."""
 
     def __init__(self, cfg):
-        self.cfg = cfg
-        self.device, self.dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
+        self.cfg, self.out = cfg, Path(cfg.out_dir)
+        device, self.dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
         self.kernels = kernels.use(cfg.kernels)
-        if "LOCAL_RANK" in os.environ:  # torchrun
-            if self.device == "cuda":
-                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.startswith("cuda") else "gloo")
-            if cfg.prompts_per_step % (world() * cfg.minibatches):
-                raise ValueError(f"prompts_per_step = {cfg.prompts_per_step} does not divide among {world()} processes" + f" and {cfg.minibatches} minibatches" * (cfg.minibatches > 1))
+        self.device = ranks.start(device)
+        refuse_uneven_ranks(cfg)
         checkpoint.writable(cfg.out_dir)
-        self.out = Path(cfg.out_dir)
-        self.task, self.rewards = evaluation.load_task(cfg), rewarding.resolve(cfg.rewards)
-        self.resumed = checkpoint.newest(cfg.out_dir) if cfg.resume else None
-        if cfg.resume and self.resumed is None:
-            say(f"nothing to resume in {cfg.out_dir}: starting from the beginning")
-        self.fingerprint = {key: getattr(cfg, key) for key in ("model", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed", "sft_steps")}
-        self.step, self.num_tokens, self.checked, self.torn, saved = 0, 0, False, False, {}
-        if self.resumed:  # before minutes of loading: is it this run's?
-            saved, state = checkpoint.load_state(self.resumed)
-            checkpoint.check_same_run(state, self.fingerprint)
-            self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.rewards = rewarding.resolve(cfg.rewards)
+        rewarding.check_sandbox(self.rewards, cfg.sandbox)
+        self.task = data.load_task(cfg.task, **configs.task_options(cfg))
+        self.advantages = advantage_function(cfg)
+        self.objective = configs.objective_options(cfg)
+
+        # One home for all that lasts from step to step: saved and restored as it stands, and replaced at one
+        # point, when a step is complete (train.py). `advantage` is whatever an advantage function keeps.
+        self.state = dict(step=0, num_tokens=0, advantage={})
+        self.checked = False  # whether sampler and trainer have been compared
+        self.identity = {key: getattr(cfg, key) for key in IDENTITY}
+        self.resumed, moments = self.find_checkpoint()  # before minutes of loading: is it this run's?
         self.load_models()
         self.model.checkpointing = cfg.checkpointing == "layers"
-        self.optimizer = optim.AdamW(list(self.model.named_parameters()), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
-        if saved:
-            self.optimizer.load_state(saved)
+        self.sampler = Sampler(self.model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
+        self.optimizer = optim.AdamW(
+            list(self.model.named_parameters()),
+            lr=cfg.lr,
+            betas=(cfg.adam_beta1, cfg.adam_beta2),
+            weight_decay=cfg.weight_decay,
+        )
+        if moments is not None:
+            self.optimizer.load_state(moments)
+
+    def find_checkpoint(self):
+        """(folder, optimiser state) of the checkpoint to resume from, whose state is taken over; (None,
+        None) for none.
+        """
+        folder = checkpoint.newest(self.out) if self.cfg.resume else None
+        if folder is None:
+            if self.cfg.resume:
+                ranks.say(f"nothing to resume in {self.cfg.out_dir}: starting from the beginning")
+            return None, None
+        moments, stored = checkpoint.load_state(folder)
+        checkpoint.check_same_run(stored, self.identity)
+        self.state |= {key: stored[key] for key in self.state if key in stored}
+        return folder, moments
 
     def load_models(self):
         """The policy as it stands now, and the reference as it stood at the start."""
         cfg, start = self.cfg, self.out / "start"
-        made_here = cfg.scratch is not None or cfg.sft_steps > 0  # a start that no folder outside this run holds
+        # A start that no folder outside this run holds is written to `start` once, and resumed runs read it
+        # there.
+        made_here = cfg.scratch is not None or cfg.sft_steps > 0
         if made_here and not self.resumed:
-            self.model, self.tokenizer, self.stop_ids, _ = load_policy(
-                cfg.model, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed, dtype=self.dtype, device=self.device)
-            if cfg.sft_steps:
-                sft.warm_up(self.model, self.tokenizer, self.task, steps=cfg.sft_steps, batch=cfg.sft_batch, lr=cfg.sft_lr, seed=cfg.seed, stop_id=self.stop_ids[0],
-                            micro_tokens=cfg.micro_tokens, system=cfg.system_prompt, prefill=cfg.prefill, say=say)
-            if rank() == 0:
-                save_policy(self.model, self.tokenizer, self.stop_ids, str(start), base="")
+            self.make_start(start)
         self.base = str(start) if made_here else cfg.model
-        whole = self.resumed if self.resumed and not cfg.lora_rank else self.base  # full fine-tuning: the checkpoint is the model
         if self.resumed or not made_here:
-            self.model, self.tokenizer, self.stop_ids, base = load_policy(str(whole), adapter=cfg.adapter, dtype=self.dtype, device=self.device)
-            self.base = base if cfg.lora_rank else self.base
+            full_checkpoint = self.resumed is not None and not cfg.lora_rank  # then it is the whole model
+            path = str(self.resumed) if full_checkpoint else self.base
+            loaded = load_policy(path, adapter=cfg.adapter, dtype=self.dtype, device=self.device)
+            self.model, self.tokenizer, self.stop_ids, base = loaded
+            if cfg.lora_rank:
+                self.base = base
         self.reference, self.start_adapter = None, None
-        started = lora.layers(self.model)
-        if started and not cfg.lora_rank:
-            raise ValueError("full fine-tuning cannot start from an adapter: merge it first, python sample.py --model=ADAPTER --merge=FOLDER, and give --model=FOLDER")
         if cfg.lora_rank:
-            if started:  # training goes on from an adapter, so the reference is the model with that adapter, not without
-                self.start_adapter = [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
-                self.check_adapter(next(iter(started.values())))
-            else:
-                lora.apply(self.model, rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout, targets=cfg.lora_targets, seed=cfg.seed)
-            if self.resumed:
-                lora.load_adapter(self.model, str(self.resumed))
+            self.load_adapter()
+        elif lora.layers(self.model):
+            raise ValueError(
+                "full fine-tuning cannot start from an adapter: merge it first, "
+                "python sample.py --model=ADAPTER --merge=FOLDER, and give --model=FOLDER"
+            )
         elif cfg.beta:
-            moved = self.resumed / "reference" if self.resumed and cfg.ref_sync_every else self.base
-            self.reference = copy.deepcopy(self.model) if not self.resumed else load_policy(str(moved), dtype=self.dtype, device=self.device)[0]
-            self.reference.requires_grad_(False)
+            self.load_reference()
 
-    def check_adapter(self, layer):
-        """The adapter that training starts from has its own rank and scale: a config that says otherwise would be ignored in silence."""
-        if (layer.rank, layer.scale * layer.rank) != (self.cfg.lora_rank, self.cfg.lora_alpha):
-            raise ValueError(f"the adapter to start from has rank {layer.rank} and alpha {layer.scale * layer.rank:g}: "
-                             f"give --lora_rank={layer.rank} --lora_alpha={layer.scale * layer.rank:g}")
+    def make_start(self, folder: Path):
+        """The model that training starts from: random weights or a checkpoint, warmed up on
+        demonstrations.
+        """
+        cfg = self.cfg
+        self.model, self.tokenizer, self.stop_ids, _ = load_policy(
+            cfg.model,
+            scratch=cfg.scratch,
+            alphabet=cfg.alphabet,
+            seed=cfg.seed,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        if cfg.sft_steps:
+            options = configs.warm_up_options(cfg)
+            warmup.warm_up(
+                self.model, self.tokenizer, self.task, stop_id=self.stop_ids[0], say=ranks.say, **options
+            )
+        if ranks.rank() == 0:
+            save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
+
+    def load_adapter(self):
+        """Puts LoRA on the model: a fresh adapter, the one that training starts from, or the resumed
+        checkpoint's.
+        """
+        cfg, started = self.cfg, lora.layers(self.model)
+        if started:
+            # Training goes on from an adapter, so the reference is the model with that adapter, not without.
+            self.start_adapter = [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
+            layer = next(iter(started.values()))
+            alpha = layer.scale * layer.rank
+            if (layer.rank, alpha) != (cfg.lora_rank, cfg.lora_alpha):  # would else be ignored in silence
+                raise ValueError(
+                    f"the adapter to start from has rank {layer.rank} and alpha {alpha:g}: "
+                    f"give --lora_rank={layer.rank} --lora_alpha={alpha:g}"
+                )
+        else:
+            lora.apply(
+                self.model, rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout,
+                targets=cfg.lora_targets, seed=cfg.seed,
+            )  # fmt: skip
+        if self.resumed:
+            lora.load_adapter(self.model, str(self.resumed))
+
+    def load_reference(self):
+        """A frozen copy of the start, or of where a moving reference stood."""
+        if not self.resumed:
+            self.reference = copy.deepcopy(self.model)
+        else:
+            folder = self.resumed / "reference" if self.cfg.ref_sync_every else self.base
+            self.reference, *_ = load_policy(str(folder), dtype=self.dtype, device=self.device)
+        self.reference.requires_grad_(False)
 
     @contextlib.contextmanager
     def as_reference(self):
-        """The model of the KL term: a frozen copy, or this model with its adapters off or as they were at the start."""
+        """The model of the KL term: a frozen copy, or this model with its adapters off or as they were at
+        the start.
+        """
         self.model.eval()  # no dropout in a reference
         if self.reference is not None:
             yield self.reference
@@ -105,29 +181,65 @@ class Run:
             with lora.disabled(self.model):
                 yield self.model
         else:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            now = [p.data for p in trained]
-            for p, start in zip(trained, self.start_adapter):
-                p.data = start
-            try:
+            with self.adapter_of_the_start():
                 yield self.model
-            finally:
-                for p, data_now in zip(trained, now):
-                    p.data = data_now
+
+    @contextlib.contextmanager
+    def adapter_of_the_start(self):
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        now = [p.data for p in trained]
+        for p, start in zip(trained, self.start_adapter):
+            p.data = start
+        try:
+            yield
+        finally:
+            for p, data_now in zip(trained, now):
+                p.data = data_now
 
     @torch.no_grad()
-    def sync_reference(self):
+    def sync_reference(self, step: int):
         """Moves the reference towards the policy every ref_sync_every steps (TR-DPO, arXiv:2404.09656)."""
-        if self.cfg.ref_sync_every and self.step % self.cfg.ref_sync_every == 0:
+        if self.cfg.ref_sync_every and step % self.cfg.ref_sync_every == 0:
             for r, p in zip(self.reference.parameters(), self.model.parameters()):
                 r.lerp_(p, self.cfg.ref_mix)
 
     def save(self) -> Path:
         """Writes ckpt/step_NNNNNN, whole or not at all."""
-        state = dict(num_tokens=self.num_tokens, model=self.fingerprint)
-        return checkpoint.save(self.out, self.step, write_model=self.write, optimizer_state=self.optimizer.state(), state=state, keep=self.cfg.keep)
+        state = {key: value for key, value in self.state.items() if key != "step"} | dict(model=self.identity)
+        moments = self.optimizer.state()
+        return checkpoint.save(
+            self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
+            keep=self.cfg.keep,
+        )  # fmt: skip
 
     def write(self, folder: Path):
         save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base=self.base)
         if self.cfg.ref_sync_every:  # a reference that moves is state, too
             save_policy(self.reference, self.tokenizer, self.stop_ids, str(folder / "reference"), base="")
+
+
+def refuse_uneven_ranks(cfg):
+    share = ranks.world() * cfg.minibatches
+    if ranks.world() > 1 and cfg.prompts_per_step % share:
+        sentence = (
+            f"prompts_per_step = {cfg.prompts_per_step} does not divide among {ranks.world()} processes"
+        )
+        if cfg.minibatches > 1:
+            sentence += f" and {cfg.minibatches} minibatches"
+        raise ValueError(sentence)
+
+
+def advantage_function(cfg):
+    """(rewards (B, G), prompts B, state dict) -> (A (B, G), state): the config's own function, or one of
+    loss.SCALES.
+
+    State is what an advantage keeps from step to step (a moving average, say): a dict that JSON can hold,
+    saved with every checkpoint. Those of loss.py keep nothing.
+    """
+    if callable(cfg.advantage):
+        return cfg.advantage
+    return partial(within_the_group, scale=cfg.advantage)
+
+
+def within_the_group(rewards, prompts, state, *, scale):
+    return loss.advantages(rewards, scale=scale), state

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import attention, flash_attention, linear_logprob, logprob, lora_linear, rms_norm, rope, sample, softmax, swiglu
+from kernels import attention, flash_attention, linear_logprob, logprob, lora_linear, rms_norm, rope, sample, swiglu
 from head import SEQUENCE, fused, liger, objective
 
 DEV, TYPE = ("cpu", torch.float32) if DRY else ("cuda", torch.bfloat16)  # the interpreter cannot multiply bf16
@@ -115,10 +115,6 @@ def stored(n, K, E, C, dtype):
     return kernel(args, store, store, (4 * n * K * E * dtype.itemsize, 0), {})
 
 
-def probabilities(T, V, dtype):
-    return kernel([rand(T, V, dtype=dtype, grad=True)], softmax.softmax, softmax.softmax_ref, (5 * T * V * dtype.itemsize, 0), dict(torch=partial(torch.softmax, dim=-1)))
-
-
 def shrunk(T, D, r, dtype):
     args, ref = [rand(T, D, dtype=dtype), rand(r, D, dtype=torch.float32)], lambda x, A: x.to(A.dtype) @ A.t()
     return kernel(args, partial(lora_linear.shrink, scale=1.0), ref, (T * D * dtype.itemsize, 2 * T * D * r), dict(torch=ref))
@@ -193,7 +189,7 @@ ROWS = [Row(f"{what}, head {'trained' if trained else 'frozen'}", partial(build,
     Row("sample", drawn, (256, 151_936), (3, 1003), "0.06 ms"), Row("sample, top-k and top-p", partial(drawn, top_k=50, top_p=0.95), (256, 151_936), (3, 1003)),
     *[Row(f"attention fwd+bwd, {H}/{K} x {E}", trained_attention, (H, K, E, 150, 200, 16, 4), (R, 1, 24, 70, 21, 3, 2)) for H, K, E, R in ((14, 2, 64, 3), (28, 4, 128, 1))],
     *[Row(f"attention decode, {H}/{K} x {E}", decoded_attention, (H, K, E, 150, 200, 256), (H, K, 24, 37, 41, 5)) for H, K, E in ((14, 2, 64), (28, 4, 128))],
-    *[Row(f"{name} fwd+bwd", build, (16_384, 1536), (5, 1003)) for name, build in (("rms_norm", norm), ("add_rms_norm", add_norm), ("softmax", probabilities))],
+    *[Row(f"{name} fwd+bwd", build, (16_384, 1536), (5, 1003)) for name, build in (("rms_norm", norm), ("add_rms_norm", add_norm))],
     Row("swiglu fwd+bwd", gated, (16_384, 8960), (5, 1031)), Row("rope fwd+bwd", rotated, (16_384, 14, 128), (13, 5, 24)),
     Row("keys into the cache", stored, (256, 2, 64, 512), (5, 3, 24, 7)),
     Row("lora x A^T", shrunk, (16_384, 1536, 16), (37, 101, 5)), Row("lora y + h B^T, with a copy of y", expanded, (16_384, 1536, 16), (67, 131, 5))]

@@ -3,9 +3,10 @@
     python bench/sandbox.py                     # 40 programs of one test each, one worker a core
     python bench/sandbox.py --programs=200 --workers=8
 
-A program with statement tests takes two sandboxes (its own and the judge's), a stdin test one. `bare` is the same Python, started without any of it: the
-floor for a way that gives each program a fresh process.
+A program with statement tests takes two sandboxes (its own and the judge's), a stdin test one. `bare` is the
+same Python, started without any of it: the floor for a way that gives each program a fresh process.
 """
+
 import argparse
 import os
 import subprocess
@@ -14,10 +15,15 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sandbox
+from tasks import sandbox
+
+BARE = [sandbox.PYTHON, "-s", "-S", "-B", "-c", "import json, os, resource"]
+ADD = "def add(a, b):\n    return a + b"
+ADD_INPUT = "print(sum(map(int, input().split())))"
 
 
 def timed(what: str, n: int, call):
+    """What call() returns; prints how many of its n things it did in a second."""
     start = time.perf_counter()
     result = call()
     took = time.perf_counter() - start
@@ -25,23 +31,37 @@ def timed(what: str, n: int, call):
     return result
 
 
+def check_programs(what: str, programs: int, workers: int, source: str, tests: list):
+    jobs = [(source, tests)] * programs
+
+    def check():
+        return sandbox.check_all(jobs, workers=workers, seconds=20)
+
+    verdicts = timed(what, programs, check)
+    assert verdicts == [["passed"]] * programs, verdicts
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--programs", type=int, default=40)
-    p.add_argument("--workers", type=int, default=os.cpu_count())
-    a = p.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--programs", type=int, default=40)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
     start = time.perf_counter()
     mode, held = sandbox.choose()
-    print(f"mode {mode}, isolates {', '.join(held)}; found out in {time.perf_counter() - start:.2f} s; {a.workers} workers, {os.cpu_count()} cores")
-    bare = [sandbox.PYTHON, "-s", "-S", "-B", "-c", "import json, os, resource"]
-    timed("bare Python, one after the other", a.programs, lambda: [subprocess.run(bare, check=True) for _ in range(a.programs)])
-    source, statement, typed = "def add(a, b):\n    return a + b", ["assert add(1, 2) == 3"], [dict(input="1 2", output="3")]
-    jobs = [(source, statement)] * a.programs
-    verdicts = timed("statement tests", a.programs, lambda: sandbox.check_all(jobs, workers=a.workers, seconds=20))
-    assert verdicts == [["passed"]] * a.programs, verdicts
-    jobs = [("print(sum(map(int, input().split())))", typed)] * a.programs
-    verdicts = timed("stdin tests", a.programs, lambda: sandbox.check_all(jobs, workers=a.workers, seconds=20))
-    assert verdicts == [["passed"]] * a.programs, verdicts
+    took = time.perf_counter() - start
+    print(
+        f"mode {mode}, isolates {', '.join(held)}; found out in {took:.2f} s; "
+        f"{args.workers} workers, {os.cpu_count()} cores"
+    )
+
+    def bare():
+        for _ in range(args.programs):
+            subprocess.run(BARE, check=True)
+
+    timed("bare Python, one after the other", args.programs, bare)
+    check_programs("statement tests", args.programs, args.workers, ADD, ["assert add(1, 2) == 3"])
+    typed = [dict(input="1 2", output="3")]
+    check_programs("stdin tests", args.programs, args.workers, ADD_INPUT, typed)
 
 
 if __name__ == "__main__":

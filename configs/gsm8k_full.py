@@ -2,11 +2,16 @@
 
     python train.py configs/gsm8k_full.py
 
-fp32 master weights and AdamW's two moments live in the optimiser (16 bytes a weight); without a KL term there is no second copy of the model.
+fp32 master weights and AdamW's two moments live in the optimiser (16 bytes a weight); without a KL term there
+is no second copy of the model.
 """
+
 model = "Qwen/Qwen2.5-1.5B-Instruct"
 task = "gsm8k"
-system_prompt = "Solve the problem step by step. End with a line that has #### and then the final number, and nothing after it."
+system_prompt = (
+    "Solve the problem step by step. "
+    "End with a line that has #### and then the final number, and nothing after it."
+)
 rewards = [("gsm8k", 1.0), ("gsm8k_lenient", 0.0)]
 
 lora_rank = 0

@@ -1,45 +1,52 @@
 """Final linear layer -> log-probability of the chosen tokens and entropy, without a (tokens, vocab) tensor.
 
-    z = h W^T / temperature      logp = z[y] - lse(z)      entropy = lse(z) - sum_j p_j z_j,   p = softmax(z)
-    dlogp/dz = onehot(y) - p     dentropy/dz_j = -p_j (log p_j + entropy)
+    forward    z = h W^T / temperature,  p = softmax(z)
+               logp = z[y] - lse(z)                 entropy = lse(z) - sum_j p_j z_j
+    backward   dlogp/dz = onehot(y) - p             dentropy/dz_j = -p_j (log p_j + entropy)
+               dh = dz W / temperature              dW = dz^T h / temperature
 
-At 8,192 tokens and 151,936 words the logits alone are 5 GB in fp32, and log_softmax with autograd keeps three of them.
-Here a chunk of rows lives at a time, and its logits become its probabilities where they stand. What the backward needs depends on who learns:
+At 8,192 tokens and 151,936 words the logits alone are 5 GB in fp32, and log_softmax with autograd keeps
+three of them. Here only a chunk of rows lives at a time, and its logits become its probabilities in place.
+Who learns decides what the backward needs:
 
-    hidden states only (LoRA: the head is frozen)  dlogp/dh = (W[y] - p W) / temperature is one vector a row. The forward makes
-                                                   it while p is there, the backward multiplies it by dlogp: 4 M D V operations
-    the head too, or the entropy has a gradient    the backward makes the chunk's logits again: 8 M D V (6 without dW); where the objective is a
-                                                   sum over tokens, kernels/policy_head.py does without: 6 (4)
-    nobody (scoring)                               on a GPU kernels/linear_logprob.py, which makes no logits at all: 2 M D V
+    hidden states only        dlogp/dh = (W[y] - p W) / temperature is one vector a row. The forward makes it
+    (LoRA: head frozen)       while p is there, the backward multiplies it by dlogp: 4 M D V operations.
+    the head too, or the      The backward makes the chunk's logits again: 8 M D V (6 without dW). Where the
+    entropy has a gradient    objective is a sum over tokens, the fused head and loss do without: 6 (4).
+    nobody (scoring)          On a GPU kernels/linear_logprob.py, which makes no logits at all: 2 M D V.
 
-Truncated sampling (top-k, top-p, min-p) is scored on the set it kept: words outside have probability 0 and no
-gradient. Scoring such samples over the whole vocabulary instead biases every ratio by the kept mass.
+Truncated sampling (top-k, top-p, min-p) is scored on the set it kept: words outside have probability 0 and
+no gradient. Scoring such samples over the whole vocabulary instead biases every ratio by the kept mass.
 
-On a GPU the matmuls stay torch's, and _row_kernel does the rest of a chunk in one launch: it reads the fp32 logits once for lse, logp and
-entropy and once more to write their gradient, 8 M V bytes read and 2 M V (bf16) or 4 M V written, where the torch form makes ten passes.
-It cannot win where truncation is on (sorting costs more) or the chunk is a few rows (a launch is a launch).
+On a GPU the matmuls stay torch's, and _row_kernel does the rest of a chunk in one launch: it reads the fp32
+logits once for lse, logp and entropy and once more to write their gradient, 8 M V bytes read and 2 M V
+(bf16) or 4 M V written, where the torch form makes ten passes. Measured at D 1,536, V 151,936 and 8,192
+tokens: head frozen 15.9 ms, 70 % of the floor and 5.6 times as fast as torch; head trained 32.6 ms, 51 %
+(bench/gpu.py, H100, commit 263d8c1). It does not win where truncation is on (sorting costs more than all
+the rest) or where the chunk is a few rows (a launch costs what it costs).
+
+Any float dtype; logits and results are fp32 (fp64 for fp64, which takes the torch form).
 
 Dims: M rows, D width, V vocabulary, m rows of a chunk.
 """
+
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it and do not need it
-    from types import SimpleNamespace
-    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+from kernels.switch import on_triton, tl, triton
 
-MODE = "auto"  # set by kernels.use(): "auto" Triton on CUDA tensors, "triton" always, "torch" never
-CHUNK_BYTES = 1 << 26  # fp32 logits alive at once; 64 MiB is 341 rows of 49,152 words: fewer rows made the matmul slower (16 MiB: 1.2x)
-BLOCK = 8  # rows whose passes follow each other on a CPU: 1.6 MB of 49,152 words
-GPU_CHUNKS = 8  # times as much on a GPU: 512 MiB is 883 rows of 151,936 words, enough to fill its matmuls
+# fp32 logits alive at once: 64 MiB is 341 rows of 49,152 words. Fewer make the matmul slower (16 MiB: 1.2x).
+CHUNK_BYTES = 1 << 26
+# times as much on a GPU: 512 MiB is 883 rows of 151,936 words, enough to fill its matmuls
+GPU_CHUNKS = 8
+# rows whose passes follow each other on a CPU, so that they stay in its cache: 1.6 MB of 49,152 words
+BLOCK = 8
 
 
 def logprob_ref(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The definition, by whole logits and autograd, in the dtype given; arguments and results as `logprob`."""
+    """The definition, by whole logits and autograd, in the dtype given; arguments and results as there."""
     logits = (hidden @ weight.t()) / temperature
-    kept = truncate_(logits.detach().clone(), top_k=top_k, top_p=top_p, min_p=min_p, keep=targets) > float("-inf")
+    truncated = truncate_(logits.detach().clone(), top_k=top_k, top_p=top_p, min_p=min_p, keep=targets)
+    kept = truncated > float("-inf")
     logits = logits.masked_fill(~kept, float("-inf"))
     logp = logits.log_softmax(-1)
     p = logp.exp()
@@ -50,33 +57,46 @@ def logprob_ref(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0,
 def logprob(hidden, weight, targets, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Log-probability (nats) of each target under its row of hidden states, and the row's entropy (nats).
 
-    hidden (M, D) and weight (V, D) in any float dtype, targets (M,) int64 -> logp (M,), entropy (M,), both fp32 and both
-    differentiable in hidden and weight. Logits are fp32 whatever the dtype.
+    hidden (M, D) and weight (V, D) in any float dtype, targets (M,) int64 -> logp and entropy (M,), fp32,
+    both differentiable in hidden and weight. Logits are fp32 whatever the dtype.
     """
-    (M, D), (V, D2) = hidden.shape, weight.shape
-    assert D == D2 and targets.shape == (M,), f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+    M, D = hidden.shape
+    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+    assert D == weight.shape[1] and targets.shape == (M,), shapes
     # asked here, because inside an autograd.Function gradients are always off
     frozen_head = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
     return _LogProb.apply(hidden, weight, targets, temperature, (top_k, top_p, min_p), frozen_head)
 
 
+# -------------------------------------------------------------------- logits, and which words count
 def logits_fp32(hidden, weight, out=None):
-    """hidden (M, D) @ weight (V, D)^T with fp32 results: rounding logits to bf16 is the largest sampler/trainer mismatch there is."""
+    """hidden (M, D) @ weight (V, D)^T with fp32 results, in `out` (M, V) where it is given.
+
+    Rounding logits to bf16 is the largest mismatch between sampler and trainer there is.
+    """
     if hidden.is_cuda and hidden.dtype.itemsize < 4:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     wide = torch.promote_types(hidden.dtype, torch.float32)  # torch.mm(out_dtype=) has no CPU kernel
     return torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
 
 
-def truncate_(logits, *, top_k=0, top_p=1.0, min_p=0.0, keep=None):
-    """Sets logits (M, V) outside the kept set to -inf, in place, and returns them. top_k, then top_p of what is left, then min_p.
+def any_truncation(truncation) -> bool:
+    """Whether (top_k, top_p, min_p) leave any word out."""
+    top_k, top_p, min_p = truncation
+    return top_k > 0 or top_p < 1.0 or min_p > 0.0
 
-    The order and the ties are transformers': top-p keeps the smallest set of most likely words whose mass reaches top_p, min-p
-    those at least min_p times as likely as the first. keep (M,): words that stay whatever happens: a word that was sampled
-    was in the sampler's set, and rounding must not put it outside the trainer's.
+
+def truncate_(logits, *, top_k=0, top_p=1.0, min_p=0.0, keep=None):
+    """Sets logits (M, V) outside the kept set to -inf, in place, and returns them.
+
+    First top_k, then top_p of what is left, then min_p. The order and the ties are transformers': top-p keeps
+    the smallest set of most likely words whose mass reaches top_p, min-p those at least min_p times as likely
+    as the first. keep (M,): words that stay whatever happens. A word that was sampled was in the sampler's
+    set, and rounding must not put it outside the trainer's.
     """
-    M, V = logits.shape
-    kept = logits.gather(1, keep[:, None]) if keep is not None else None
+    V = logits.shape[1]
+    if keep is not None:
+        kept = logits.gather(1, keep[:, None])
     if 0 < top_k < V:
         kth = logits.topk(top_k, -1).values[:, -1:]
         logits.masked_fill_(logits < kth, float("-inf"))
@@ -84,36 +104,86 @@ def truncate_(logits, *, top_k=0, top_p=1.0, min_p=0.0, keep=None):
         ordered, order = logits.sort(-1)  # least likely first, so that the sum of the tail is accurate
         tail = ordered.softmax(-1).cumsum(-1) <= 1.0 - top_p
         tail[:, -1] = False
-        logits.masked_fill_(torch.zeros_like(tail).scatter_(1, order, tail), float("-inf"))
+        outside = torch.zeros_like(tail).scatter_(1, order, tail)
+        logits.masked_fill_(outside, float("-inf"))
     if min_p > 0.0:
         p = logits.softmax(-1)
         logits.masked_fill_(p < min_p * p.amax(-1, keepdim=True), float("-inf"))
-    return logits if kept is None else logits.scatter_(1, keep[:, None], kept)
+    if keep is not None:
+        logits.scatter_(1, keep[:, None], kept)
+    return logits
+
+
+def scaled_logits(hidden, weight, targets, temperature, truncation, room=None):
+    """Logits over temperature, words outside the kept set at -inf. (m, D), (V, D), (m,) -> (m, V) fp32.
+
+    They are made in the first rows of `room` where it is given: fresh memory costs a tenth of the matmul.
+    """
+    if room is not None:
+        room = room[: len(hidden)]
+    z = logits_fp32(hidden, weight, room)
+    if temperature != 1.0:
+        z.div_(temperature)
+    if not any_truncation(truncation):
+        return z
+    top_k, top_p, min_p = truncation
+    return truncate_(z, top_k=top_k, top_p=top_p, min_p=min_p, keep=targets)
+
+
+# ----------------------------------------------------------------------------------- chunks of rows
+def chunks(M: int, V: int, device=None) -> list[slice]:
+    """Slices of rows, as even as possible, whose fp32 logits fit CHUNK_BYTES (times GPU_CHUNKS on a GPU)."""
+    room = CHUNK_BYTES
+    if device is not None and device.type == "cuda":
+        room *= GPU_CHUNKS
+    fit = max(1, room // (4 * V))
+    number = max(1, -(-M // fit))
+    size = max(1, -(-M // number))
+    return [slice(i, min(i + size, M)) for i in range(0, M, size)]
+
+
+def room_for_logits(cut, weight, dtype):
+    """Scratch buffer for the logits of the largest chunk of `cut`: (m, V)."""
+    m = cut[0].stop if cut else 0
+    return torch.empty(m, len(weight), dtype=dtype, device=weight.device)
+
+
+def room_for_grad(z, dtype):
+    """Where a chunk's gradient goes: over its logits z (m, V) if they have its dtype, else beside them."""
+    return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
+
+
+def blocks(z) -> list[slice]:
+    """Slices of BLOCK rows of z (m, V)."""
+    return [slice(i, i + BLOCK) for i in range(0, len(z), BLOCK)]
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, truncation, frozen_head):
-        M, V = len(hidden), len(weight)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logp, lse, entropy = (torch.empty(M, dtype=dtype, device=hidden.device) for _ in range(3))
+        logp = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        lse, entropy = torch.empty_like(logp), torch.empty_like(logp)
         slope = torch.empty_like(hidden) if frozen_head else None  # dlogp/dh, (M, D)
-        cut, triton_runs = chunks(M, V, hidden.device), on_triton(hidden)
-        room = None if triton_runs else torch.empty(cut[0].stop if cut else 0, V, dtype=dtype, device=hidden.device)
+        cut = chunks(len(hidden), len(weight), hidden.device)
+        fused = on_triton(hidden)
+        room = None if fused else room_for_logits(cut, weight, dtype)
         for rows in cut:
-            if triton_runs:
-                z, scale = raw_logits(hidden[rows], weight, targets[rows], temperature, truncation)
-                # dlogp of 1 makes the slope; in place where the dtypes are one, else in half the room beside it
-                dz = (z if z.dtype == weight.dtype else torch.empty_like(z, dtype=weight.dtype)) if frozen_head else None
-                row_pass(z, dz, targets[rows], logp[rows], lse[rows], entropy[rows], torch.ones_like(logp[rows]), None, scale, temperature, stats=True)
+            h, y = hidden[rows], targets[rows]
+            if fused:
+                z, scale = raw_logits(h, weight, y, temperature, truncation)
+                dz = room_for_grad(z, weight.dtype) if frozen_head else None
+                out = logp[rows], lse[rows], entropy[rows]
+                one = torch.ones_like(logp[rows])  # dlogp of 1 makes the slope
+                row_pass(z, dz, y, *out, one, None, scale, temperature, stats=True)
                 if frozen_head:
                     torch.mm(dz, weight, out=slope[rows])
-                continue
-            z = scaled_logits(hidden[rows], weight, targets[rows], temperature, truncation, room)  # (m, V)
-            total, logp[rows], lse[rows], entropy[rows] = exponentials_(z, targets[rows])
-            if frozen_head:
-                z.scatter_add_(1, targets[rows, None], -total)  # total * (p - onehot)
-                slope[rows] = (z.to(weight.dtype) @ weight).mul_(-1 / (total * temperature))
+            else:
+                z = scaled_logits(h, weight, y, temperature, truncation, room)  # (m, V)
+                total, logp[rows], lse[rows], entropy[rows] = exponentials_(z, y)
+                if frozen_head:
+                    z.scatter_add_(1, y[:, None], -total)  # total * (p - onehot)
+                    slope[rows] = (z.to(weight.dtype) @ weight).mul_(-1 / (total * temperature))
         ctx.save_for_backward(hidden, weight, targets, lse, entropy, slope)
         ctx.temperature, ctx.truncation = temperature, truncation
         ctx.set_materialize_grads(False)  # an unused entropy costs nothing in the backward
@@ -122,68 +192,39 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogp, dentropy):
         hidden, weight, targets, lse, entropy, slope = ctx.saved_tensors
+        temperature, truncation = ctx.temperature, ctx.truncation
         if slope is not None and dlogp is not None and dentropy is None:
             return slope * dlogp[:, None].to(slope.dtype), None, None, None, None, None
-        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # bf16 sums over 10,000 tokens would lose the small ones, so the weight's gradient gathers in fp32
-        dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
-        cut, triton_runs = chunks(len(hidden), len(weight), hidden.device), on_triton(hidden)
-        room = None if triton_runs else torch.empty(cut[0].stop if cut else 0, len(weight), dtype=lse.dtype, device=hidden.device)
+        dhidden = dweight = None
+        if ctx.needs_input_grad[0]:
+            dhidden = torch.empty_like(hidden)
+        if ctx.needs_input_grad[1]:  # bf16 sums over 10,000 tokens would lose the small ones: fp32
+            dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        cut = chunks(len(hidden), len(weight), hidden.device)
+        fused = on_triton(hidden)
+        room = None if fused else room_for_logits(cut, weight, lse.dtype)
         for rows in cut:
-            factors = (None if dlogp is None else dlogp[rows].contiguous(), None if dentropy is None else dentropy[rows].contiguous())
-            if triton_runs:
-                z, scale = raw_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation)
-                dz = z if z.dtype == hidden.dtype else torch.empty_like(z, dtype=hidden.dtype)
-                row_pass(z, dz, targets[rows], None, lse[rows], entropy[rows], *factors, scale, ctx.temperature, stats=False)
+            h, y = hidden[rows], targets[rows]
+            given = lse[rows], entropy[rows], rows_of(dlogp, rows), rows_of(dentropy, rows)
+            if fused:
+                z, scale = raw_logits(h, weight, y, temperature, truncation)
+                dz = room_for_grad(z, hidden.dtype)
+                row_pass(z, dz, y, None, *given, scale, temperature, stats=False)
             else:
-                z = scaled_logits(hidden[rows], weight, targets[rows], ctx.temperature, ctx.truncation, room)
-                dz = logits_grad_(z, targets[rows], lse[rows], entropy[rows], *factors, ctx.temperature).to(hidden.dtype)
+                z = scaled_logits(h, weight, y, temperature, truncation, room)
+                dz = logits_grad_(z, y, *given, temperature).to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dz, weight, out=dhidden[rows])
             if dweight is not None:
-                add_outer_(dweight, dz, hidden[rows])
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
+                add_outer_(dweight, dz, h)
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
+        return dhidden, dweight, None, None, None, None
 
 
-def chunks(M: int, V: int, device=None) -> list[slice]:
-    """Slices of rows whose fp32 logits fit CHUNK_BYTES (on a GPU, GPU_CHUNKS times as much), as even as possible."""
-    fit = max(1, CHUNK_BYTES * (GPU_CHUNKS if device is not None and device.type == "cuda" else 1) // (4 * V))
-    size = max(1, -(-M // max(1, -(-M // fit))))
-    return [slice(i, min(i + size, M)) for i in range(0, M, size)]
-
-
-def blocks(z) -> list[slice]:
-    """Slices of BLOCK rows of z (m, V)."""
-    return [slice(i, i + BLOCK) for i in range(0, len(z), BLOCK)]
-
-
-def any_truncation(truncation) -> bool:
-    return truncation[0] > 0 or truncation[1] < 1.0 or truncation[2] > 0.0  # top_k, top_p, min_p
-
-
-def scaled_logits(hidden, weight, targets, temperature, truncation, room=None):
-    """Logits over temperature, words outside the kept set at -inf. (m, D), (V, D), (m,) -> (m, V) fp32, in room where it is given: fresh memory costs a tenth of the matmul."""
-    z = logits_fp32(hidden, weight, None if room is None else room[: len(hidden)])
-    if temperature != 1.0:
-        z.div_(temperature)
-    top_k, top_p, min_p = truncation
-    return truncate_(z, top_k=top_k, top_p=top_p, min_p=min_p, keep=targets) if any_truncation(truncation) else z
-
-
-def exponentials_(z, targets):
-    """Scaled logits z (m, V) become e^(z - max), not yet divided by their sum. Returns that sum (m, 1), and logp, lse, entropy (m,) of the softmax."""
-    top, (logit, total, dot) = z.amax(-1, keepdim=True), torch.empty(3, len(z), 1, dtype=z.dtype, device=z.device)
-    scratch = torch.empty_like(z[:BLOCK])
-    for some in blocks(z):  # a few rows stay in the cache from one pass over them to the next
-        e, y = z[some], targets[some, None]
-        x = torch.sub(e, top[some], out=scratch[: len(e)])
-        torch.gather(x, 1, y, out=logit[some])
-        torch.exp(x, out=e)
-        torch.sum(e, -1, keepdim=True, out=total[some])
-        # a word outside the kept set has e = 0 and x = -inf, whose product is nan; 0 * -1e30 is the 0 it should be
-        torch.sum(x.clamp_(min=-1e30).mul_(e), -1, keepdim=True, out=dot[some])
-    log_total = total.log()
-    return total, (logit - log_total)[:, 0], (top + log_total)[:, 0], (log_total - dot / total)[:, 0]
+def rows_of(x, rows):
+    """x[rows] as a kernel reads it, or None."""
+    return None if x is None else x[rows].contiguous()
 
 
 def add_outer_(dweight, dz, hidden):
@@ -194,47 +235,90 @@ def add_outer_(dweight, dz, hidden):
         dweight.addmm_(dz.t().to(dweight.dtype), hidden.to(dweight.dtype))
 
 
+# --------------------------------------------------------------------------------- a chunk in torch
+def exponentials_(z, targets):
+    """Scaled logits z (m, V) become e^(z - max), in place, not yet divided by their sum.
+
+    Returns that sum (m, 1), and logp, lse and entropy (m,) of the softmax.
+    """
+    top = z.amax(-1, keepdim=True)  # (m, 1), and so are the next three
+    logit, total, dot = torch.empty_like(top), torch.empty_like(top), torch.empty_like(top)
+    scratch = torch.empty_like(z[:BLOCK])
+    for some in blocks(z):  # a few rows stay in the cache from one pass over them to the next
+        e, y = z[some], targets[some, None]
+        x = torch.sub(e, top[some], out=scratch[: len(e)])
+        torch.gather(x, 1, y, out=logit[some])
+        torch.exp(x, out=e)
+        torch.sum(e, -1, keepdim=True, out=total[some])
+        # A word outside the kept set has e = 0 and x = -inf, whose product is nan; 0 * -1e30 is the 0 it
+        # should be.
+        torch.sum(x.clamp_(min=-1e30).mul_(e), -1, keepdim=True, out=dot[some])
+    log_total = total.log()
+    logp, lse, entropy = logit - log_total, top + log_total, log_total - dot / total
+    return total, logp[:, 0], lse[:, 0], entropy[:, 0]
+
+
 def logits_grad_(z, targets, lse, entropy, dlogp, dentropy, temperature):
-    """Gradient of the loss by the unscaled logits, from the scaled logits z (m, V), overwritten. dlogp, dentropy (m,) or None."""
+    """Gradient of the loss by the unscaled logits, in place of the scaled logits z (m, V).
+
+    dlogp, dentropy: (m,) or None. dloss/dz_j = onehot dlogp - p_j (dlogp + dentropy (log p_j + entropy)).
+    """
     dlogp = torch.zeros_like(lse) if dlogp is None else dlogp / temperature
-    for some in blocks(z):  # dloss/dz_j = onehot * dlogp - p_j * (dlogp + dentropy * (log p_j + entropy))
-        logq, factor = z[some].sub_(lse[some, None]), dlogp[some, None]
+    for some in blocks(z):
+        logq = z[some].sub_(lse[some, None])
+        factor = dlogp[some, None]
         if dentropy is not None:
-            factor = (logq.clamp(min=-1e30) + entropy[some, None]).mul_(dentropy[some, None] / temperature).add_(factor)
+            surprise = logq.clamp(min=-1e30) + entropy[some, None]
+            factor = surprise.mul_(dentropy[some, None] / temperature).add_(factor)
         logq.exp_().mul_(factor).neg_()
     return z.scatter_add_(1, targets[:, None], dlogp[:, None])
 
 
-# ------------------------------------------------------------------------------------------------------------ on a GPU
-def on_triton(x) -> bool:
-    return (MODE == "triton" or MODE == "auto" and x.is_cuda) and x.dtype != torch.float64
-
-
+# --------------------------------------------------------------------------------- a chunk on a GPU
 def raw_logits(hidden, weight, targets, temperature, truncation):
-    """Logits (m, V) fp32 and the number they must still be multiplied by: the row kernel divides by the temperature on its way."""
+    """Logits (m, V) fp32, and the number that they must still be multiplied by.
+
+    The row kernel divides by the temperature on its way; truncation needs scaled logits before.
+    """
     if any_truncation(truncation):
         return scaled_logits(hidden, weight, targets, temperature, truncation), 1.0
     return logits_fp32(hidden, weight), 1.0 / temperature
 
 
 def row_pass(z, dz, targets, logp, lse, entropy, dlogp, dentropy, scale, temperature, *, stats):
-    """One launch over the rows of z (m, V): with `stats` fills logp, lse, entropy (m,); with dz (m, V; may be z) writes dloss/dlogits."""
-    if len(z):
-        _row_kernel[(len(z),)](z, dz, targets, logp, lse, entropy, dlogp, dentropy, z.shape[1], scale, 1.0 / temperature, STATS=stats, GRAD=dz is not None,
-                               BLOCK=min(4096, triton.next_power_of_2(z.shape[1])), num_warps=8)
+    """One launch over the rows of z (m, V).
+
+    With `stats` it fills logp, lse and entropy (m,); without, it reads lse and entropy. With dz (m, V), which
+    may be z, it writes dloss/dlogits there. dlogp, dentropy: (m,) or None.
+    """
+    m, V = z.shape
+    if m:
+        rows = targets, logp, lse, entropy, dlogp, dentropy
+        how = dict(STATS=stats, GRAD=dz is not None, BLOCK=min(4096, triton.next_power_of_2(V)))
+        _row_kernel[(m,)](z, dz, *rows, V, scale, 1.0 / temperature, **how, num_warps=8)
 
 
 @triton.jit
-def _fold(m, s, t, e_sum, ez_sum, m_new):
-    """Joins (m, s, t) = (max, sum of e^(x - m), sum of e^(x - m) (x - m)) of what was seen with the sums of a tile taken about m_new."""
+def fold(m, s, t, e_sum, ez_sum, m_new):
+    """Joins what was seen, (m, s, t), with the sums of a tile taken about m_new, the maximum of both.
+
+    m = max x, s = sum of e^(x - m), t = sum of e^(x - m) (x - m).
+    """
     a = tl.exp(m - m_new)
-    # a is 0 long before the bound is reached, and 0 * -inf, where m was still the least float there is, would be NaN
-    return m_new, s * a + e_sum, a * (t + s * tl.maximum(m - m_new, -1000.0)) + ez_sum
+    # a is 0 long before the bound is reached, but 0 * -inf would be NaN: m starts as the least float there is
+    shift = tl.maximum(m - m_new, -1000.0)
+    return m_new, s * a + e_sum, a * (t + s * shift) + ez_sum
 
 
 @triton.jit
-def _row_kernel(z, dz, targets, logp, lse, entropy, dlogp, dentropy, V, scale, grad_scale, STATS: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """A program a row. lse and entropy are results with STATS, arguments without. Offsets are 64 bits wide: m V passes 2^31 at 14,134 rows."""
+def _row_kernel(
+    z, dz, targets, logp, lse, entropy, dlogp, dentropy, V, scale, grad_scale,
+    STATS: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row. lse and entropy are results with STATS and arguments without.
+
+    Offsets are 64 bits wide: m V passes 2^31 at 14,134 rows of 151,936 words.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     y = tl.load(targets + row)
@@ -246,7 +330,8 @@ def _row_kernel(z, dz, targets, logp, lse, entropy, dlogp, dentropy, V, scale, g
             x = tl.load(z + start + j, mask=start + j < V, other=float("-inf")) * scale
             m_new = tl.maximum(m, tl.max(x, 0))
             e = tl.exp(x - m_new)
-            m, s, t = _fold(m, s, t, tl.sum(e, 0), tl.sum(tl.where(e > 0, e * (x - m_new), 0.0), 0), m_new)
+            ex = tl.where(e > 0, e * (x - m_new), 0.0)  # 0 * -inf would be NaN
+            m, s, t = fold(m, s, t, tl.sum(e, 0), tl.sum(ex, 0), m_new)
         total = m + tl.log(s)
         H = tl.log(s) - t / s
         tl.store(logp + row, (z_y - m) - tl.log(s))

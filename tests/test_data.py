@@ -1,4 +1,6 @@
-"""Tasks and prompts: the same rows for the same (seed, step), held-out rows never trained on, no half file taken for a whole one, no second BOS."""
+"""Rows and prompts: the same rows for the same (seed, step), no half file taken for whole, no second BOS."""
+
+import functools
 import http.server
 import json
 import os
@@ -16,15 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-import rewards
-import sandbox
 from data import char_tokenizer, load_task, prompt_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 ALPHABET = "0123456789+=<>,_^"
 
 
-# --------------------------------------------------------------------------------------------------------- rows of a step
+# --------------------------------------------------------------------------------------- rows of a step
 def finite(n, **keys):
     return data.Task("mine", [dict(prompt=str(i)) for i in range(n)], [], **keys)
 
@@ -32,25 +32,41 @@ def finite(n, **keys):
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 6))
 def test_every_epoch_has_every_row_once(size, n, seed, epoch):
     task = finite(size)
-    stream = [row["prompt"] for step in range((epoch + 1) * size // n + 1) for row in task.batch(step, n, seed)]
+    stream = [
+        row["prompt"] for step in range((epoch + 1) * size // n + 1) for row in task.batch(step, n, seed)
+    ]
     assert sorted(stream[epoch * size : (epoch + 1) * size]) == sorted(map(str, range(size)))
 
 
 def test_rows_do_not_depend_on_batch_size_or_on_what_was_asked_before():
     for task in (finite(7), load_task("arithmetic", eval_problems=1)):
         stream = task.batch(0, 24, 3)
-        assert [row for step in (2, 0, 1) for row in task.batch(step, 8, 3)] == stream[16:24] + stream[:8] + stream[8:16]
+        assert [row for step in (2, 0, 1) for row in task.batch(step, 8, 3)] == stream[16:24] + stream[
+            :8
+        ] + stream[8:16]
         assert task.batch(0, 24, 4) != stream
-    assert [r["prompt"] for r in finite(50).batch(0, 50, 0)] != [r["prompt"] for r in finite(50).batch(1, 50, 0)]  # epochs differ in order
+    assert [r["prompt"] for r in finite(50).batch(0, 50, 0)] != [
+        r["prompt"] for r in finite(50).batch(1, 50, 0)
+    ]  # epochs differ in order
     assert finite(9, seed=5).batch(1, 4) == finite(9).batch(1, 4, 5)
 
 
 def test_rows_are_the_same_in_another_process_and_for_ever():
-    """hash() differs from process to process and a library's shuffle from version to version: these numbers are written down."""
+    """hash() differs between processes, a library's shuffle between versions: these are written down."""
     assert [r["prompt"] for r in finite(10).batch(0, 10, 0)] == list("0291854367")
-    assert [r["prompt"] for r in load_task("arithmetic").batch(0, 3, 0)] == ["319+866=", "913+591=", "589+367="]
+    assert [r["prompt"] for r in load_task("arithmetic").batch(0, 3, 0)] == [
+        "319+866=",
+        "913+591=",
+        "589+367=",
+    ]
     code = "import data; print([r['prompt'] for r in data.load_task('arithmetic', seed=7).batch(5, 4)])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ, PYTHONHASHSEED="1"))
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONHASHSEED="1"),
+    )
     assert out.stdout.strip() == str([r["prompt"] for r in load_task("arithmetic").batch(5, 4, 7)])
 
 
@@ -63,72 +79,91 @@ def test_columns_repeat_each_row_for_its_group_and_give_none_where_a_row_has_non
     assert data.columns(rows, 2) == dict(answer=["1", "1", None, None], tests=[None, None, [2], [2]])
 
 
-# --------------------------------------------------------------------------------------------------------------- arithmetic
-@pytest.mark.parametrize("options", [dict(), dict(digits=2), dict(digits=1), dict(digits=5), dict(style="words", low=1, high=9),
-    dict(style="words", low=1, high=9, held_out=0.3), dict(low=7, high=120)])
-def test_held_out_sums_are_never_trained_on(options):
-    task = load_task("arithmetic", eval_problems=50, **options)
-    pairs = lambda rows: {tuple(sorted(map(int, row["prompt"].strip("What is?=").split("+")))) for row in rows}  # a + b is b + a
-    assert 0 < len(task.eval) <= 50 and len({r["prompt"] for r in task.eval}) == len(task.eval)
-    for seed in range(4):
-        assert not pairs(task.batch(0, 400, seed)) & pairs(task.eval)
+# -------------------------------------------------------------------------------- a task of one's own
+def colours(*, data_dir, eval_problems, names=("red", "green", "blue")):
+    rows = [dict(prompt=f"Name {name}.", answer=name, folder=data_dir) for name in names]
+    return rows[1:], rows[:1][:eval_problems]
 
 
-def test_held_out_sums_do_not_depend_on_the_seed_and_fewer_are_the_first_of_more():
-    few, many = load_task("arithmetic", eval_problems=20, seed=1), load_task("arithmetic", eval_problems=300, seed=2)
-    assert len(few.eval) == 20 and len(many.eval) == 300 and few.eval == many.eval[:20]
+def endless(*, data_dir, eval_problems, **options):
+    def row(seed, index):
+        return dict(prompt=f"{seed} {index}", **options)
+
+    return row, [row("held out", i) for i in range(eval_problems)]
 
 
-def test_all_sums_outside_the_held_out_share_are_trained_on():
-    task = load_task("arithmetic", style="words", low=1, high=9, eval_problems=81)
-    assert len({r["prompt"] for r in task.batch(0, 2000, 0)} | {r["prompt"] for r in task.eval}) == 81
+def test_a_function_of_a_config_file_is_a_task():
+    task = load_task(colours, data_dir="here", seed=3)
+    assert task.name == "colours" and task.seed == 3
+    assert task.eval == [dict(prompt="Name red.", answer="red", folder="here")]
+    assert sorted(row["answer"] for row in task.batch(0, 2)) == ["blue", "green"]
+    assert load_task(colours, names=("a", "b")).train == [dict(prompt="Name b.", answer="b", folder="data")]
+    partial = load_task(functools.partial(colours, names=("a", "b")))
+    assert partial.name == "colours" and len(partial.train) == 1
+    task = load_task(endless, eval_problems=2, tone="kind", train_file="rows.jsonl")
+    assert task.batch(1, 2, 5) == [
+        dict(prompt="5 2", tone="kind", train_file="rows.jsonl"),
+        dict(prompt="5 3", tone="kind", train_file="rows.jsonl"),
+    ]
+    assert [row["prompt"] for row in task.eval] == ["held out 0", "held out 1"]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(digits=1), dict(digits=4), dict(low=7, high=120)])
-def test_demonstrations_are_right_and_the_given_share_is_worked(options):
-    rows = load_task("arithmetic", worked_share=0.3, **options).batch(0, 2000, 0)
-    for row in rows:
-        a, b = map(int, row["prompt"].rstrip("=").split("+"))
-        assert row["answer"] == str(a + b) and row["solution"] in (row["answer"], data.worked(a, b) + row["answer"])
-    assert 0.26 < sum("<" in row["solution"] for row in rows) / 2000 < 0.34
-    for share, wanted in ((0, 0), (1, 20)):
-        assert sum("<" in row["solution"] for row in load_task("arithmetic", worked_share=share).batch(0, 20, 0)) == wanted
+def returning(value):
+    def mine(*, data_dir, eval_problems):
+        return value
+
+    return mine
 
 
-@given(st.integers(0, 10**6), st.integers(0, 10**6))
-def test_worked_sums_add_column_by_column(a, b):
-    steps, carry, digits = data.worked(a, b).strip("<>").split(","), "_", ""
-    for x, y, step in zip(str(a).zfill(len(steps))[::-1], str(b).zfill(len(steps))[::-1], steps, strict=True):
-        total = int(x) + int(y) + (carry == "^")
-        assert step == f"{x}{y}{carry}={'^' if total > 9 else '_'}{total % 10}"
-        carry, digits = step[-2], step[-1] + digits
-    assert int(f"{int(carry == '^')}{digits}") == a + b  # the answer is the result digits read backwards
+ROWS = [dict(prompt="p")]
 
 
-def test_worked_sum_as_documented():
-    assert data.worked(347, 585) == "<75_=^2,48^=^3,35^=_9>"
-    row = next(r for r in load_task("arithmetic", style="words", low=4, high=7).batch(0, 9, 0))
-    assert row["prompt"].startswith("What is ") and row["solution"].endswith(f"= {row['answer']}")
+@pytest.mark.parametrize(
+    "task, words",
+    [
+        (returning(None), "'mine' must return .train, eval_rows., and returned None"),
+        (returning(ROWS), "'mine' must return"),
+        (returning((3, ROWS)), "'mine' must return lists of rows, or for train a function"),
+        (returning((ROWS, iter(ROWS))), "'mine' must return lists of rows"),
+        (returning(([], ROWS)), "'mine' returned no rows to train on"),
+        (returning(([dict(question="q")], ROWS)), "'mine' made a row without a `prompt`.*question"),
+        (returning((ROWS, ["p"])), "'mine' made a row without a `prompt`"),
+        (returning((lambda seed, index: None, ROWS)), "'mine' made a row without a `prompt`.*None"),
+        (lambda *, eval_problems: (ROWS, ROWS), "a task is a function .*'lambda' takes no 'data_dir'"),
+    ],
+)
+def test_a_task_of_ones_own_that_is_none_is_one_sentence(task, words):
+    with pytest.raises(ValueError, match=words) as e:
+        load_task(task)
+    assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(style="roman"), "style='chars' or 'words'"), (dict(low=5, high=3), "low <= high"), (dict(low=3, high=3), "too few sums from 3 to 3"),
-    (dict(held_out=0), "held_out"), (dict(digit=3), "no 'digit', did you mean 'digits'"),
-    (dict(train_file="x.jsonl"), "takes no 'train_file'")])
-def test_a_wrong_option_is_one_sentence(options, words):
-    with pytest.raises(ValueError, match=words):
-        load_task("arithmetic", **options)
+def test_an_option_that_a_task_of_ones_own_does_not_take_is_named():
+    with pytest.raises(ValueError, match="the task 'colours' takes no 'name', did you mean 'names'"):
+        load_task(colours, name=["red"])
+    with pytest.raises(ValueError, match="the task 'colours' takes no 'train_file'"):
+        load_task(colours, train_file="rows.jsonl")
 
 
-def test_an_unknown_task_stops_with_the_nearest_name():
-    with pytest.raises(ValueError, match="unknown task 'gsm8', did you mean 'gsm8k'"):
-        load_task("gsm8")
+def test_data_is_imported_without_the_tasks():
+    """Imports point one way: a task's file imports data.py, which imports it by name when it is asked for."""
+    code = "import data, sys; print({'tasks', 'torch', 'transformers'} & sys.modules.keys())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "set()", out.stderr
 
 
-# -------------------------------------------------------------------------------------------------------------------- GSM8K
+# ------------------------------------------------------------------------------------------------ GSM8K
 def gsm8k_line(i):
-    return json.dumps(dict(question=f"What is {i} thousand?\u2028", answer=f"It is {i} * 1000 = <<{i}*1000={i}000>>{i}000.\n#### {i},000"),
-        ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            dict(
+                question=f"What is {i} thousand?\u2028",
+                answer=f"It is {i} * 1000 = <<{i}*1000={i}000>>{i}000.\n#### {i},000",
+            ),
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def whole_file(name):
@@ -136,7 +171,11 @@ def whole_file(name):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves /mode/NAME: whole, cut (fewer bytes than announced), short (half the rows, announced as such), page (not the data), none (404)."""
+    """Serves /mode/NAME. The mode is one of
+
+    whole; cut (fewer bytes than announced); short (half the rows, announced as such); page (not the data);
+    none (404).
+    """
 
     asked = []
 
@@ -178,17 +217,35 @@ def test_gsm8k_is_downloaded_once_and_whole(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(data, "GSM8K_URL", f"{hub}/whole")
     Hub.asked.clear()
     task = load_task("gsm8k", data_dir=str(tmp_path / "new" / "data"), eval_problems=30)
-    assert files(tmp_path) == ["new/data/gsm8k/test.jsonl", "new/data/gsm8k/train.jsonl"] and len(Hub.asked) == 2
+    assert (
+        files(tmp_path) == ["new/data/gsm8k/test.jsonl", "new/data/gsm8k/train.jsonl"] and len(Hub.asked) == 2
+    )
     assert (tmp_path / "new/data/gsm8k/train.jsonl").read_bytes() == whole_file("train.jsonl")
     assert len(task.train) == 7473 and len(task.eval) == 30
-    assert task.eval[0] == dict(prompt="What is 1 thousand?\u2028", question="What is 1 thousand?\u2028", answer="1000",
-        solution="It is 1 * 1000 = 1000.\n#### 1000")
-    again = load_task("gsm8k", data_dir=str(tmp_path / "new" / "data" / "gsm8k"), eval_problems=30)  # the folder itself will do
-    assert again == load_task("gsm8k", data_dir=str(tmp_path / "new" / "data"), eval_problems=30) == task and len(Hub.asked) == 2
+    assert task.eval[0] == dict(
+        prompt="What is 1 thousand?\u2028",
+        question="What is 1 thousand?\u2028",
+        answer="1000",
+        solution="It is 1 * 1000 = 1000.\n#### 1000",
+    )
+    again = load_task(
+        "gsm8k", data_dir=str(tmp_path / "new" / "data" / "gsm8k"), eval_problems=30
+    )  # the folder itself will do
+    assert (
+        again == load_task("gsm8k", data_dir=str(tmp_path / "new" / "data"), eval_problems=30) == task
+        and len(Hub.asked) == 2
+    )
 
 
-@pytest.mark.parametrize("mode, words", [("cut", "cannot download .*IncompleteRead"), ("none", "cannot download .*404"),
-    ("short", "is broken in row|has .* rows and GSM8K has 7473: .*try again"), ("page", "broken in row 1 of 7473: .*did not send the whole file")])
+@pytest.mark.parametrize(
+    "mode, words",
+    [
+        ("cut", "cannot download .*IncompleteRead"),
+        ("none", "cannot download .*404"),
+        ("short", "is broken in row|has .* rows and GSM8K has 7473: .*try again"),
+        ("page", "broken in row 1 of 7473: .*did not send the whole file"),
+    ],
+)
 def test_a_half_download_never_takes_the_name_of_a_whole_one(tmp_path, hub, monkeypatch, mode, words):
     monkeypatch.setattr(data, "GSM8K_URL", f"{hub}/{mode}")
     with pytest.raises(ValueError, match=words):
@@ -201,18 +258,29 @@ def test_a_half_download_never_takes_the_name_of_a_whole_one(tmp_path, hub, monk
 def test_a_hub_out_of_reach_says_which_files_to_put_where(tmp_path, monkeypatch):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(data, "GSM8K_URL", f"http://127.0.0.1:{s.getsockname()[1]}")  # bound and not listening: refuses
-        with pytest.raises(ValueError, match=r"cannot download .*train\.jsonl and test\.jsonl, into .*gsm8k") as e:
+        monkeypatch.setattr(
+            data, "GSM8K_URL", f"http://127.0.0.1:{s.getsockname()[1]}"
+        )  # bound and not listening: refuses
+        with pytest.raises(
+            ValueError, match=r"cannot download .*train\.jsonl and test\.jsonl, into .*gsm8k"
+        ) as e:
             load_task("gsm8k", data_dir=str(tmp_path))
     assert str(tmp_path / "gsm8k") in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda b: b[: len(b) // 2], "broken in row|rows and GSM8K has 7473"),
-    (lambda b: b"\n".join(b.split(b"\n")[:100]), "has 100 rows and GSM8K has 7473"),
-    (lambda b: b.replace(b"####", b"so", 1), "broken in row 1 of 7473"),
-    (lambda b: b.replace(b'"answer"', b'"reply"'), "broken in row 1"), (lambda b: b + b, "has 14946 rows"), (lambda b: b"", "has 0 rows"),
-    (lambda b: b"\xff" + b, "broken in row 1"), (lambda b: b"3\n" + b, "broken in row 1")])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda b: b[: len(b) // 2], "broken in row|rows and GSM8K has 7473"),
+        (lambda b: b"\n".join(b.split(b"\n")[:100]), "has 100 rows and GSM8K has 7473"),
+        (lambda b: b.replace(b"####", b"so", 1), "broken in row 1 of 7473"),
+        (lambda b: b.replace(b'"answer"', b'"reply"'), "broken in row 1"),
+        (lambda b: b + b, "has 14946 rows"),
+        (lambda b: b"", "has 0 rows"),
+        (lambda b: b"\xff" + b, "broken in row 1"),
+        (lambda b: b"3\n" + b, "broken in row 1"),
+    ],
+)
 def test_a_file_that_is_not_whole_is_named(tmp_path, damage, words):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "train.jsonl").write_bytes(damage(whole_file("train.jsonl")))
@@ -225,18 +293,31 @@ def test_the_real_gsm8k():
     places = [Path(os.environ.get("NANOGRPO_GSM8K") or ROOT), ROOT / "data" / "gsm8k"]
     folder = next((str(place) for place in places if (place / "test.jsonl").exists()), None)
     if folder is None:
-        pytest.skip("needs GSM8K's train.jsonl and test.jsonl in data/gsm8k or in the folder that NANOGRPO_GSM8K names")
+        pytest.skip(
+            "needs GSM8K's train.jsonl and test.jsonl in data/gsm8k or in the folder that NANOGRPO_GSM8K "
+            "names"
+        )
     task = load_task("gsm8k", data_dir=folder, eval_problems=2000)
     assert len(task.train) == 7473 and len(task.eval) == 1319
-    assert task.train[0]["answer"] == "72" and task.train[0]["solution"].startswith("Natalia sold 48/2 = 24 clips in May.\n")
+    assert task.train[0]["answer"] == "72" and task.train[0]["solution"].startswith(
+        "Natalia sold 48/2 = 24 clips in May.\n"
+    )
     for row in [*task.train, *task.eval]:
-        assert "<<" not in row["solution"] and row["solution"].endswith(f"#### {row['answer']}") and row["prompt"] == row["question"]
+        assert (
+            "<<" not in row["solution"]
+            and row["solution"].endswith(f"#### {row['answer']}")
+            and row["prompt"] == row["question"]
+        )
     assert not {r["prompt"] for r in task.train} & {r["prompt"] for r in task.eval}
 
 
-# -------------------------------------------------------------------------------------------------------------------- jsonl
+# ------------------------------------------------------------------------------------------------ jsonl
 def write(path, rows):
-    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows))
+    path.write_bytes(
+        b"\n".join(
+            row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows
+        )
+    )
     return str(path)
 
 
@@ -245,23 +326,45 @@ def test_jsonl_keeps_every_column_and_holds_out_the_last_rows(tmp_path):
     path = write(tmp_path / "rows.jsonl", rows)
     task = load_task("jsonl", train_file=path, eval_problems=100)
     assert task.train == rows[:23] and task.eval == rows[23:]
-    assert load_task("jsonl", train_file="rows.jsonl", data_dir=str(tmp_path), eval_problems=1).eval == rows[24:]
+    assert (
+        load_task("jsonl", train_file="rows.jsonl", data_dir=str(tmp_path), eval_problems=1).eval == rows[24:]
+    )
     assert Counter(r["tests"][0] for r in task.batch(0, 23, 0)) == Counter(range(23))
-    assert load_task("jsonl", train_file=write(tmp_path / "two.jsonl", rows[:2]), eval_problems=100).eval == rows[1:2]
-    both = load_task("jsonl", train_file=path, eval_file=write(tmp_path / "eval.jsonl", [*rows[:3], b"", b""]), eval_problems=2)
+    assert (
+        load_task("jsonl", train_file=write(tmp_path / "two.jsonl", rows[:2]), eval_problems=100).eval
+        == rows[1:2]
+    )
+    both = load_task(
+        "jsonl",
+        train_file=path,
+        eval_file=write(tmp_path / "eval.jsonl", [*rows[:3], b"", b""]),
+        eval_problems=2,
+    )
     assert both.train == rows and both.eval == rows[:2]
 
 
 CHAT = [dict(role="user", content="6 * 7?")]
 
 
-@pytest.mark.parametrize("rows, words", [
-    ([dict(prompt="a"), b'{"prompt": "b"', dict(prompt="c")], "line 2: not JSON"), ([dict(prompt="a"), b"", b"   ", b"oops"], "line 4: not JSON"),
-    ([dict(prompt="a"), dict(question="b")], "line 2: needs a `prompt`.*question"), ([["a"]], "line 1: needs"),
-    ([dict(prompt="")], "line 1"), ([dict(prompt=3)], "line 1"), ([dict(prompt=[])], "line 1"),
-    ([dict(prompt=CHAT), dict(prompt=[dict(role="user")])], "line 2"), ([dict(prompt=[dict(role="user", content=None)])], "line 1"),
-    ([dict(prompt=["a"])], "line 1"), ([b'{"prompt": "\xff"}'], "line 1: not JSON"), ([b"[" * 100_000], "line 1: not JSON"),
-    ([], "has 0 rows, and 2 are needed"), ([dict(prompt="a")], "has 1 rows")])
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([dict(prompt="a"), b'{"prompt": "b"', dict(prompt="c")], "line 2: not JSON"),
+        ([dict(prompt="a"), b"", b"   ", b"oops"], "line 4: not JSON"),
+        ([dict(prompt="a"), dict(question="b")], "line 2: needs a `prompt`.*question"),
+        ([["a"]], "line 1: needs"),
+        ([dict(prompt="")], "line 1"),
+        ([dict(prompt=3)], "line 1"),
+        ([dict(prompt=[])], "line 1"),
+        ([dict(prompt=CHAT), dict(prompt=[dict(role="user")])], "line 2"),
+        ([dict(prompt=[dict(role="user", content=None)])], "line 1"),
+        ([dict(prompt=["a"])], "line 1"),
+        ([b'{"prompt": "\xff"}'], "line 1: not JSON"),
+        ([b"[" * 100_000], "line 1: not JSON"),
+        ([], "has 0 rows, and 2 are needed"),
+        ([dict(prompt="a")], "has 1 rows"),
+    ],
+)
 def test_a_broken_line_is_named_by_its_number(tmp_path, rows, words):
     with pytest.raises(ValueError, match=words) as e:
         load_task("jsonl", train_file=write(tmp_path / "rows.jsonl", rows))
@@ -275,90 +378,43 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         load_task("jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------------------- countdown
-def countdown_key(row):
-    return (*sorted(row["numbers"]), row["target"])
-
-
-@pytest.mark.parametrize("options", [dict(), dict(least=2, most=2, high=9), dict(least=5, most=6, high=9, largest=999), dict(high=99, held_out=0.5)])
-def test_countdown_problems_are_solvable_and_the_held_out_ones_are_never_trained_on(options):
-    task = load_task("countdown", eval_problems=40, **options)
-    rows = [row for seed in range(3) for row in task.batch(seed, 100, seed)]
-    assert 0 < len(task.eval) <= 40 and len(set(map(countdown_key, task.eval))) == len(task.eval)
-    assert not set(map(countdown_key, rows)) & set(map(countdown_key, task.eval))
-    assert sum(rewards.countdown([r["solution"] for r in rows], numbers=[r["numbers"] for r in rows], target=[r["target"] for r in rows])) == len(rows)
-    least, most, high, largest = (options.get(k, v) for k, v in dict(least=3, most=4, high=25, largest=100).items())
-    assert all(least <= len(r["numbers"]) <= most and all(1 <= n <= high for n in r["numbers"]) and 0 < r["target"] <= largest and r["target"] not in r["numbers"] for r in rows)
-    assert {len(r["numbers"]) for r in rows} == set(range(least, most + 1)) and all(str(n) in r["prompt"] for r in rows for n in (*r["numbers"], r["target"]))
-    assert all(any(op in r["solution"] for r in rows) for op in "+-*") and len(set(map(countdown_key, rows))) > len(rows) / 3
-
-
-def test_countdown_rows_are_the_same_for_ever_and_its_held_out_ones_for_every_seed():
-    assert [(r["numbers"], r["target"]) for r in load_task("countdown").batch(0, 3, 0)] == [([11, 19, 9], 39), ([22, 20, 17], 59), ([1, 4, 8], 28)]
-    assert load_task("countdown", eval_problems=20, seed=1).eval == load_task("countdown", eval_problems=50, seed=2).eval[:20]
-    with pytest.raises(ValueError, match="2 <= least <= most"):
-        load_task("countdown", least=5, most=4)
-
-
-# -------------------------------------------------------------------------------------------------------- mathematics and code
-def test_math_takes_the_answer_or_the_solution(tmp_path):
-    rows = [dict(problem="1+1?", answer="2", level=1), dict(problem="1+2?", solution=r"It is \boxed{3}."), dict(problem="p", prompt="q", answer=4)]
-    task = load_task("math", data_dir=str(tmp_path), train_file=write(tmp_path / "math.jsonl", rows))
-    assert [(r["prompt"], r["answer"]) for r in [*task.train, *task.eval]] == [("1+1?", "2"), ("1+2?", r"It is \boxed{3}."), ("q", 4)] and task.train[0]["level"] == 1
-    for bad, words in ((dict(question="x"), "line 2: has no usable column 'problem'"), (dict(problem="x"), "line 2: has no usable column 'solution'")):
-        with pytest.raises(ValueError, match=words):
-            load_task("math", train_file=write(tmp_path / "bad.jsonl", [rows[0], bad]))
-    with pytest.raises(ValueError, match=r"no file math.train\.jsonl"):
-        load_task("math", data_dir=str(tmp_path))
-
-
-def test_code_takes_its_own_columns_and_those_of_mbpp(tmp_path):
-    mbpp = dict(text="Add.", test_list=["assert add(1, 2) == 3", "assert add(1, 1) == 2"], test_setup_code="import math", code="..")
-    task = load_task("code", train_file=write(tmp_path / "code.jsonl", [mbpp, dict(prompt="Sum.", tests=[dict(input="1", output="1")])]))
-    first, second = task.train[0], task.eval[0]
-    assert first["tests"] == ["import math\nassert add(1, 2) == 3", "import math\nassert add(1, 1) == 2"]
-    assert first["prompt"] == "Add.\n\nIt must pass tests such as:\nassert add(1, 2) == 3" and second["prompt"] == "Sum."
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
-def test_the_problems_of_this_repository_accept_their_solutions_and_reject_the_wrong_ones():
-    task = load_task("code", eval_problems=4)
-    rows = [*task.train, *task.eval]
-    assert len(rows) == 40 and len({r["prompt"] for r in rows}) == 40 and all(len(r["tests"]) >= 3 and r["wrong"] for r in rows)
-    jobs = [(rewards.python_block(r["solution"]), r["tests"]) for r in rows if isinstance(r["tests"][0], str)]
-    jobs += [(rewards.python_block(r["solution"]), r["tests"][:1]) for r in rows if isinstance(r["tests"][0], dict)]
-    right = sandbox.check_all(jobs, seconds=10)
-    assert all(v == ["passed"] * len(job[1]) for v, job in zip(right, jobs)), [(j[0], v) for j, v in zip(jobs, right) if v != ["passed"] * len(j[1])]
-    jobs = [(source, r["tests"]) for r in rows for source in r["wrong"]]
-    wrong = sandbox.check_all(jobs, seconds=2)
-    assert all(isinstance(v, list) and v.count("passed") < len(v) for v in wrong), [j[0] for j, v in zip(jobs, wrong) if not isinstance(v, list) or v.count("passed") == len(v)]
-
-
-# ----------------------------------------------------------------------------------------------------------------- prompts
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+# ---------------------------------------------------------------------------------------------- prompts
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + TEMPLATE
+)
 
 
 def bpe(template=None, *, bos=True, eos=False):
-    """A byte-level tokenizer of 256 bytes, a few merges and special tokens, which begins every text with <s>, as Llama's does."""
+    """A byte-level tokenizer with a few merges, which begins every text with <s>, as Llama's does."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "the"), ("s", "t")]
     for pair in merges:
         vocab["".join(pair)] = len(vocab)
     core = Tokenizer(models.BPE(vocab, merges))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=["<|user|>", "<|system|>", "<|assistant|>", "<|end|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|user|>", "<|system|>", "<|assistant|>", "<|end|>"],
+    )
     ids = dict(zip(("<s>", "</s>"), tokenizer.convert_tokens_to_ids(["<s>", "</s>"])))
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{'<s> ' * bos}$A{' </s>' * eos}",
-        special_tokens=list(ids.items()))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{'<s> ' * bos}$A{' </s>' * eos}", special_tokens=list(ids.items())
+    )
     tokenizer.chat_template = template
     return tokenizer
 
 
 def rendered(tokenizer, messages, **keys):
-    return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, **keys), add_special_tokens=False)["input_ids"]
+    return tokenizer(
+        tokenizer.apply_chat_template(messages, tokenize=False, **keys), add_special_tokens=False
+    )["input_ids"]
 
 
 @given(st.text(min_size=1, max_size=30), st.text(max_size=10), st.text(max_size=10))
@@ -366,12 +422,14 @@ def test_ids_are_those_of_the_rendered_template_tokenised_once(text, system, pre
     tokenizer = bpe(TEMPLATE)
     messages = [dict(role="system", content=system)] * bool(system) + [dict(role="user", content=text)]
     ids = prompt_ids(tokenizer, text, system=system, prefill=prefill)
-    assert ids == rendered(tokenizer, messages, add_generation_prompt=True) + tokenizer.encode(prefill, add_special_tokens=False)
+    assert ids == rendered(tokenizer, messages, add_generation_prompt=True) + tokenizer.encode(
+        prefill, add_special_tokens=False
+    )
     assert all(type(i) is int for i in ids)
 
 
 def test_there_is_one_bos_whoever_writes_it():
-    """Elsewhere the rendered template, which begins with BOS, was tokenised again by a tokenizer that puts a BOS first."""
+    """Elsewhere the rendered template, BOS and all, was tokenised again by a tokenizer that adds a BOS."""
     for tokenizer in (bpe(TEMPLATE), bpe(TEMPLATE, bos=False), bpe()):
         for prompt in ("the answer", CHAT):
             ids = prompt_ids(tokenizer, prompt, system="Be brief.", prefill="the")
@@ -383,7 +441,11 @@ def test_messages_are_the_same_prompt_as_their_text():
     tokenizer = bpe(TEMPLATE)
     assert prompt_ids(tokenizer, CHAT, system="s") == prompt_ids(tokenizer, "6 * 7?", system="s")
     own = [dict(role="system", content="mine"), *CHAT]
-    assert prompt_ids(tokenizer, own, system="s") == prompt_ids(tokenizer, own) == prompt_ids(tokenizer, CHAT, system="mine")
+    assert (
+        prompt_ids(tokenizer, own, system="s")
+        == prompt_ids(tokenizer, own)
+        == prompt_ids(tokenizer, CHAT, system="mine")
+    )
     assert own[0]["content"] == "mine" and len(own) == 2 and len(CHAT) == 1  # the row is as it was
 
 
@@ -395,19 +457,29 @@ def test_a_row_may_bring_the_start_of_its_answer():
 
 def test_without_a_chat_template_the_prompt_is_plain_text():
     tokenizer = bpe()
-    assert tokenizer.decode(prompt_ids(tokenizer, "the sum", system="Be brief.", prefill=" is")) == "<s>Be brief.\n\nthe sum is"
-    assert tokenizer.decode(prompt_ids(tokenizer, [*CHAT, dict(role="user", content="8 * 9?")], system="x")) == "<s>x\n\n6 * 7?\n8 * 9?"
-    assert prompt_ids(tokenizer, "in t", prefill="he") == prompt_ids(tokenizer, "in the")  # one text, tokenised once
+    assert (
+        tokenizer.decode(prompt_ids(tokenizer, "the sum", system="Be brief.", prefill=" is"))
+        == "<s>Be brief.\n\nthe sum is"
+    )
+    assert (
+        tokenizer.decode(prompt_ids(tokenizer, [*CHAT, dict(role="user", content="8 * 9?")], system="x"))
+        == "<s>x\n\n6 * 7?\n8 * 9?"
+    )
+    assert prompt_ids(tokenizer, "in t", prefill="he") == prompt_ids(
+        tokenizer, "in the"
+    )  # one text, tokenised once
 
 
 def test_an_answer_does_not_begin_after_a_stop_token():
-    """Some tokenizers end every text with the stop token; a prompt that ends so makes a model start another text."""
+    """Some tokenizers end every text with the stop token: after it a model starts another text."""
     assert prompt_ids(bpe(eos=True), "the") == prompt_ids(bpe(), "the")
 
 
 def test_a_template_that_refuses_is_one_sentence():
     assert prompt_ids(bpe(NO_SYSTEM), "a") == prompt_ids(bpe(TEMPLATE), "a")
-    with pytest.raises(ValueError, match="refuses the prompt with roles system, user: System role not supported"):
+    with pytest.raises(
+        ValueError, match="refuses the prompt with roles system, user: System role not supported"
+    ):
         prompt_ids(bpe(NO_SYSTEM), "a", system="s")
 
 
@@ -416,13 +488,16 @@ def test_an_empty_prompt_is_refused():
         prompt_ids(char_tokenizer(ALPHABET), "")
 
 
-# --------------------------------------------------------------------------------------------------- characters, stop tokens
+# ------------------------------------------------------------------------------ characters, stop tokens
 @given(st.text(alphabet="aB 0.,'!?<>\n\té√", max_size=30))
 def test_characters_come_back_as_they_were(text):
     tokenizer = char_tokenizer("aB 0.,'!?<>\n\té√")
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) == len(text) and tokenizer.decode(ids) == text
-    assert tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True) == text
+    assert (
+        tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True)
+        == text
+    )
 
 
 def test_a_char_tokenizer_saves_and_loads_as_any_other(tmp_path):
@@ -432,7 +507,9 @@ def test_a_char_tokenizer_saves_and_loads_as_any_other(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = "<750=12,481=13>932"
     assert prompt_ids(again, text) == prompt_ids(tokenizer, text) == [2 + ALPHABET.index(c) for c in text]
-    assert again.batch_decode([[*prompt_ids(again, text), 1]], skip_special_tokens=True) == [text] and data.stop_ids(again, str(tmp_path)) == [1]
+    assert again.batch_decode([[*prompt_ids(again, text), 1]], skip_special_tokens=True) == [
+        text
+    ] and data.stop_ids(again, str(tmp_path)) == [1]
     with pytest.raises(ValueError, match="'Wat'"):
         prompt_ids(again, "Wat")
 

@@ -1,4 +1,8 @@
-"""The sandbox against programs that want more than to be right: none gets it, none holds the others up, and nothing is left of any."""
+"""The sandbox against programs that want more than to be right.
+
+None gets it, none holds the others up, and nothing is left of any.
+"""
+
 import json
 import os
 import shutil
@@ -6,14 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-import sandbox
-from sandbox import FULL, SandboxError, check, check_all, isolation
+from tasks import sandbox
+from tasks.sandbox import FULL, SandboxError, check, check_all, isolation
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -22,13 +27,19 @@ GOOD = "def add(a, b):\n    return a + b\n"
 TEST = "assert add(1, 2) == 3"
 
 
+def program(text: str) -> str:
+    """A program as it stands in a test, without the indentation that it has there."""
+    return textwrap.dedent(text).strip("\n")
+
+
 def needs(*names):
     if missing := [n for n in names if n not in isolation()]:
         pytest.skip(f"this machine's kernel gives a sandbox no {', '.join(missing)}")
 
 
 MARK = f"# mark {os.getpid()}"
-sandbox.CHILD += MARK  # it is on the command line of all processes that a sandbox is made of, and of their children
+# It is on the command line of all processes that a sandbox is made of, and of their children.
+sandbox.CHILD += MARK
 
 
 def processes():
@@ -36,7 +47,10 @@ def processes():
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            line, parent = (folder / "cmdline").read_bytes(), (folder / "stat").read_text().rpartition(")")[2].split()
+            line, parent = (
+                (folder / "cmdline").read_bytes(),
+                (folder / "stat").read_text().rpartition(")")[2].split(),
+            )
         except OSError:
             continue
         if MARK.encode() in line or parent[1] == str(os.getpid()) and parent[0] == "Z":
@@ -51,12 +65,18 @@ def nothing_is_left():
     yield
     assert processes() == []
     assert len(os.listdir("/proc/self/fd")) <= before
-    assert not [name for name in os.listdir(tempfile.gettempdir()) if name.startswith(f"sandbox-{os.getpid()}-")]
+    assert not [
+        name for name in os.listdir(tempfile.gettempdir()) if name.startswith(f"sandbox-{os.getpid()}-")
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------ right and wrong
+# -------------------------------------------------------------------------------------- right and wrong
 def test_right_programs_pass_and_wrong_ones_do_not():
-    assert check(GOOD, [TEST, "assert add(1, 2) == 4", "assert add('a', 'b') == 'ab'"]) == ["passed", "wrong answer", "passed"]
+    assert check(GOOD, [TEST, "assert add(1, 2) == 4", "assert add('a', 'b') == 'ab'"]) == [
+        "passed",
+        "wrong answer",
+        "passed",
+    ]
     assert check("def add(a, b): return a - b", [TEST])[0] == "wrong answer"
     assert check("def sub(a, b): return a - b", [TEST])[0].startswith("NameError: name 'add'")
     for broken in ("def add(a, b:", "raise ValueError", "\0", "import no_such_module", "exit()", ""):
@@ -92,51 +112,121 @@ def sort_in_place(x): x.sort()
 """
 
 
-@pytest.mark.parametrize("test", [
-    *(f"assert same({x}) == {x}" for x in ("None", "True", "1.5", "'é\\ud800\\0'", "b'\\xff'", "[1, [2]]", "(1, (2,))", "{1, 2}", "frozenset({1})", "{(1, 2): [3], None: {}}",
-                                           "1j", "float('inf')", "-0.0", "10**5000", "bytearray(b'a')", "'[\"object\", 0]'", "['object', 0]", "[]")),
-    "assert type(same((1, 2))) is tuple and type(same([1])) is list and type(same(True)) is bool", "assert str(same(float('nan'))) == 'nan'",
-    "assert count('aab') == {'a': 2, 'b': 1}", "assert point() == (1, 2)", "assert kind() == 7", "assert big() == 10**6000",
-    "assert list(squares(4)) == [0, 1, 4, 9]", "assert sum(squares(4)) == 14 and 9 in squares(4)", "import itertools\nassert list(itertools.islice(numbers(), 3)) == [0, 1, 2]",
-    "s = Stack()\ns.push(1).push(2)\nassert len(s) == 2 and s.pop() == 2 and s.items == [1]", "assert Stack([1]) == Stack([1]) and Stack([1]) != Stack([2])",
-    "assert adder(2)(3) == 5", "assert math.isclose(same(0.1) + same(0.2), 0.3)", "assert set(same([1, 1])) == {1}",
+VALUES = [
+    "None",
+    "True",
+    "1.5",
+    "'é\\ud800\\0'",
+    "b'\\xff'",
+    "[1, [2]]",
+    "(1, (2,))",
+    "{1, 2}",
+    "frozenset({1})",
+    "{(1, 2): [3], None: {}}",
+    "1j",
+    "float('inf')",
+    "-0.0",
+    "10**5000",
+    "bytearray(b'a')",
+    "'[\"object\", 0]'",
+    "['object', 0]",
+    "[]",
+]
+SHAPES = [
+    *(f"assert same({x}) == {x}" for x in VALUES),
+    "assert type(same((1, 2))) is tuple and type(same([1])) is list and type(same(True)) is bool",
+    "assert str(same(float('nan'))) == 'nan'",
+    "assert count('aab') == {'a': 2, 'b': 1}",
+    "assert point() == (1, 2)",
+    "assert kind() == 7",
+    "assert big() == 10**6000",
+    "assert list(squares(4)) == [0, 1, 4, 9]",
+    "assert sum(squares(4)) == 14 and 9 in squares(4)",
+    "import itertools\nassert list(itertools.islice(numbers(), 3)) == [0, 1, 2]",
+    "s = Stack()\ns.push(1).push(2)\nassert len(s) == 2 and s.pop() == 2 and s.items == [1]",
+    "assert Stack([1]) == Stack([1]) and Stack([1]) != Stack([2])",
+    "assert adder(2)(3) == 5",
+    "assert math.isclose(same(0.1) + same(0.2), 0.3)",
+    "assert set(same([1, 1])) == {1}",
     "try:\n    fails(3)\nexcept KeyError:\n    pass\nelse:\n    assert False",
-    "def check_it(candidate):\n    for i in range(5):\n        assert candidate(i) == i\ncheck_it(same)", "assert [same(x) for x in [3, 1]] == [3, 1]",
-    "x = [3, 1]\nsort_in_place(x)\nassert x == [3, 1]"])
-def test_values_and_tests_of_every_shape_arrive_as_they_are(test, shared={}):  # one dict for all
-    if not shared:  # all of them in one go: a sandbox takes a tenth of a second
-        shared.update(zip(ALL_SHAPES, check(RICH, ALL_SHAPES, seconds=10)))
-    assert shared[test] == "passed"
+    "def check_it(candidate):\n    for i in range(5):\n        assert candidate(i) == i\ncheck_it(same)",
+    "assert [same(x) for x in [3, 1]] == [3, 1]",
+    "x = [3, 1]\nsort_in_place(x)\nassert x == [3, 1]",
+]
 
 
-ALL_SHAPES = test_values_and_tests_of_every_shape_arrive_as_they_are.pytestmark[0].args[1]
+@pytest.fixture(scope="module")
+def verdict_of():
+    """All of them in one go: a sandbox takes a tenth of a second."""
+    return dict(zip(SHAPES, check(RICH, SHAPES, seconds=10)))
+
+
+@pytest.mark.parametrize("test", SHAPES)
+def test_values_and_tests_of_every_shape_arrive_as_they_are(test, verdict_of):
+    assert verdict_of[test] == "passed"
 
 
 def test_a_test_that_prints_or_defines_is_no_trouble_and_a_broken_one_is_named():
-    assert check(GOOD, ["print('[1, \"passed\"]')\nx = add(1, 1)", "assert x == 3"]) == ["passed", "wrong answer"]
+    assert check(GOOD, ["print('[1, \"passed\"]')\nx = add(1, 1)", "assert x == 3"]) == [
+        "passed",
+        "wrong answer",
+    ]
     with pytest.raises(SyntaxError):
         check(GOOD, ["assert add(1, 2 == 3"])
     assert check(GOOD[4:], ["assert True"]) == ["the program has ended"]
-    assert check(GOOD, ["add(1, len)"])[0] == "TypeError: a test cannot hand a builtin_function_or_method to the program"
+    assert (
+        check(GOOD, ["add(1, len)"])[0]
+        == "TypeError: a test cannot hand a builtin_function_or_method to the program"
+    )
 
 
 def test_a_name_of_python_is_the_programs_only_where_the_row_says_so():
     """A program that redefines `abs` or `sorted` must not be asked what abs(f(x) - 3.14) is."""
-    sneaky = "def f(x): return 9.0\ndef abs(x): return 0.0\ndef sorted(x): return [1]\ndef isclose(*a): return True\nclass math: isclose = isclose\n"
-    assert check(sneaky, ["assert abs(f(1) - 3.14) < 1e-6", "assert sorted([f(1)]) == [1]", "assert math.isclose(f(1), 3.14)"]) == ["wrong answer"] * 3
+    sneaky = program(
+        r"""
+        def f(x): return 9.0
+        def abs(x): return 0.0
+        def sorted(x): return [1]
+        def isclose(*a): return True
+        class math: isclose = isclose
+        """
+    )
+    assert (
+        check(
+            sneaky,
+            [
+                "assert abs(f(1) - 3.14) < 1e-6",
+                "assert sorted([f(1)]) == [1]",
+                "assert math.isclose(f(1), 3.14)",
+            ],
+        )
+        == ["wrong answer"] * 3
+    )
     assert check("def sum(a, b): return a * b", ["assert sum(2, 3) == 6"], names=["sum"]) == ["passed"]
 
 
 def test_stdin_and_stdout():
     program = "a, b = map(int, input().split())\nif __name__ == '__main__':\n    print(a + b)"
-    cases = [("1 2\n", "3\n", "passed"), ("1 2", "3", "passed"), ("1 2\n", " 3", "wrong output"), ("1 2\n", "33", "wrong output"), ("20 10\n", "3", "wrong output"), ("1\n", "1", "ended with status 1")]
-    assert check(program, [dict(input=i, output=o) for i, o, _ in cases]) == [verdict for _, _, verdict in cases]
+    cases = [
+        ("1 2\n", "3\n", "passed"),
+        ("1 2", "3", "passed"),
+        ("1 2\n", " 3", "wrong output"),
+        ("1 2\n", "33", "wrong output"),
+        ("20 10\n", "3", "wrong output"),
+        ("1\n", "1", "ended with status 1"),
+    ]
+    assert check(program, [dict(input=i, output=o) for i, o, _ in cases]) == [
+        verdict for _, _, verdict in cases
+    ]
     prefix = "print('1')\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\nprint('2')"
-    assert check(prefix, [dict(input="", output="1\n2\n"), dict(input="", output="1\n")]) == ["wrong output", "passed"]
+    assert check(prefix, [dict(input="", output="1\n2\n"), dict(input="", output="1\n")]) == [
+        "wrong output",
+        "passed",
+    ]
     assert check("print(len(open(0).read()))", [dict(input="x" * 10**6, output="1000000")]) == ["passed"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- isolation
+# -------------------------------------------------------------------------------------------- isolation
 def test_isolation_is_found_by_trying_and_strict_wants_all_of_it(monkeypatch):
     assert set(isolation()) <= set(FULL) and "limits" in isolation()
     monkeypatch.setattr(sandbox, "choose", lambda: ("plain", ("limits", "privileges")))
@@ -155,23 +245,49 @@ def test_a_strict_run_does_not_start_where_programs_cannot_be_shut_in(monkeypatc
     with pytest.raises(SandboxError, match="sandbox='strict' needs"):
         eval.load_task(config.load([path]))
     assert len(eval.load_task(config.load([path, "--sandbox=auto"])).train) == 36
-    assert eval.load_task(config.load([str(ROOT / "configs" / "countdown.py"), "--sandbox=strict"])).eval  # nothing is run there
+    assert eval.load_task(
+        config.load([str(ROOT / "configs" / "countdown.py"), "--sandbox=strict"])
+    ).eval  # nothing is run there
 
 
 def test_a_machine_that_cannot_isolate_says_so_and_runs_under_limits(monkeypatch):
-    """The mode for a container that forbids namespaces: programs cannot start others, so that there is nothing to escape the kill."""
+    """Where a container forbids namespaces: programs start no others, so that nothing escapes the kill."""
     monkeypatch.setattr(sandbox, "choose", lambda: ("plain", ("limits",)))
-    fork = "import os\ndef add(a, b):\n    try:\n        os.fork()\n    except OSError:\n        return 'refused'\n    return 'forked'"
-    assert check_all([(GOOD, [TEST]), (fork, ["assert add(1, 2) == 'refused'"]), ("while True: pass", [TEST])], seconds=2) == [["passed"], ["passed"], ["the program has ended"]]
+    fork = program(
+        r"""
+        import os
+        def add(a, b):
+            try:
+                os.fork()
+            except OSError:
+                return 'refused'
+            return 'forked'
+        """
+    )
+    assert check_all(
+        [(GOOD, [TEST]), (fork, ["assert add(1, 2) == 'refused'"]), ("while True: pass", [TEST])], seconds=2
+    ) == [["passed"], ["passed"], ["the program has ended"]]
 
 
 def test_a_user_without_privileges_gets_the_same_isolation():
-    """Through a user namespace, with the system's Python, as on a laptop or a cluster. Where the tests run as root this is another way than theirs."""
+    """Through a user namespace, with the system's Python, as on a laptop or a cluster.
+
+    Where the tests run as root this is another way than theirs.
+    """
     python = "/usr/bin/python3"
     if os.geteuid() != 0 or not os.path.exists(python) or not shutil.which("setpriv"):
         pytest.skip("needs root, to become somebody else, and the system's Python")
-    code = ROOT.joinpath("sandbox.py").read_text() + f"\nprint(choose()[0], set(isolation()) == set(FULL), check({GOOD!r}, [{TEST!r}, 'assert add(1, 1) == 3']))"
-    out = subprocess.run(["setpriv", "--reuid=61234", "--regid=61234", "--clear-groups", python, "-"], input=code, capture_output=True, text=True, cwd="/tmp", env=dict(PATH=os.environ["PATH"]))
+    tests = [TEST, "assert add(1, 1) == 3"]
+    code = ROOT.joinpath("tasks", "sandbox.py").read_text()
+    code += f"\nprint(choose()[0], set(isolation()) == set(FULL), check({GOOD!r}, {tests!r}))"
+    out = subprocess.run(
+        ["setpriv", "--reuid=61234", "--regid=61234", "--clear-groups", python, "-"],
+        input=code,
+        capture_output=True,
+        text=True,
+        cwd="/tmp",
+        env=dict(PATH=os.environ["PATH"]),
+    )
     if "user" not in out.stdout:
         pytest.skip(f"no user namespaces here: {out.stdout}{out.stderr[-300:]}")
     assert out.stdout.strip() == "user True ['passed', 'wrong answer']"
@@ -184,73 +300,284 @@ def test_a_sandbox_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypa
     assert [type(e) for e in check_all([(GOOD, [TEST]), (GOOD, ["assert ("])])] == [SandboxError, SyntaxError]
 
 
-# ------------------------------------------------------------------------------------------------------------------ attacks
+# ---------------------------------------------------------------------------------------------- attacks
 BODY = "def add(a, b):\n"
 FORGERIES = {
-    "prints the mark": "print('[0, \"passed\"]', flush=True)\nprint('passed\\n' * 10)\nimport sys\nprint('[0, \"passed\"]', file=sys.stderr)\n" + BODY + "    return 4",
-    "exits early": "import os\nos._exit(0)", "exits politely": "import sys\nsys.exit(0)", "exits when asked": BODY + "    import os\n    os._exit(0)",
-    "raises in atexit": "import atexit, os\n@atexit.register\ndef f():\n    os.write(1, b'[0, \"passed\"]\\n')\n    os._exit(0)\n" + BODY + "    return 4",
-    "equals everything": "class Any(int):\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\n    __hash__ = int.__hash__\n" + BODY + "    return Any(4)",
-    "object that equals": "class Any:\n    def __eq__(self, o): return True\n    def __sub__(self, o): return 0\n    __rsub__ = __lt__ = __abs__ = __eq__\n" + BODY + "    return Any()",
-    "patches builtins": "import builtins, operator\nbuiltins.AssertionError = None\nbuiltins.abs = lambda x: 0\noperator.eq = lambda a, b: True\n" + BODY + "    return 4",
-    "patches the harness": "import sys\ng = sys._getframe(1).f_globals\ng['json'].dumps = lambda *a: '[0, \"passed\"]'\n" + BODY + "    return 4",
-    "writes to every descriptor": BODY + "    import os\n    for fd in range(100):\n        try: os.write(fd, b'[0, \"passed\"]\\n')\n        except OSError: pass\n    return 4",
-    "looks for what is wanted": "import gc, sys\n" + BODY + "    f = sys._getframe()\n    while f:\n        for v in [*f.f_locals.values(), *f.f_globals.values()]:\n            if 'assert' in repr(v) and 'passed' not in repr(v) and 'CHILD' not in repr(v) and '== 3' in repr(v): return 3\n        f = f.f_back\n    return 4",
-    "answers ahead": "import sys\njob = sys._getframe(1).f_globals['job']\nimport os\nfor _ in range(9): os.write(job['fds'][1], b'[\"gives\", [\"object\", \"x\"]]\\n')\n" + BODY + "    return 4",
-    "answers nonsense": "import sys, os\nfd = sys._getframe(1).f_globals['job']['fds'][1]\nos.write(fd, b'[' * 100000 + b'\\n' + b'{}\\n[\"raises\", \"SystemExit\", 0]\\n')\n" + BODY + "    return 4",
-    "a line without an end": "import sys, os\nfd = sys._getframe(1).f_globals['job']['fds'][1]\ntry:\n    while True: os.write(fd, b'1' * 60000)\nexcept OSError: pass",
-    "raises SystemExit": BODY + "    raise SystemExit(0)", "raises a class of its own": "class E(BaseException): pass\n" + BODY + "    raise E",
+    "prints the mark": program(
+        r"""
+        print('[0, "passed"]', flush=True)
+        print('passed\n' * 10)
+        import sys
+        print('[0, "passed"]', file=sys.stderr)
+        def add(a, b):
+            return 4
+        """
+    ),
+    "exits early": program(
+        r"""
+        import os
+        os._exit(0)
+        """
+    ),
+    "exits politely": program(
+        r"""
+        import sys
+        sys.exit(0)
+        """
+    ),
+    "exits when asked": program(
+        r"""
+        def add(a, b):
+            import os
+            os._exit(0)
+        """
+    ),
+    "raises in atexit": program(
+        r"""
+        import atexit, os
+        @atexit.register
+        def f():
+            os.write(1, b'[0, "passed"]\n')
+            os._exit(0)
+        def add(a, b):
+            return 4
+        """
+    ),
+    "equals everything": program(
+        r"""
+        class Any(int):
+            def __eq__(self, o): return True
+            def __ne__(self, o): return False
+            __hash__ = int.__hash__
+        def add(a, b):
+            return Any(4)
+        """
+    ),
+    "object that equals": program(
+        r"""
+        class Any:
+            def __eq__(self, o): return True
+            def __sub__(self, o): return 0
+            __rsub__ = __lt__ = __abs__ = __eq__
+        def add(a, b):
+            return Any()
+        """
+    ),
+    "patches builtins": program(
+        r"""
+        import builtins, operator
+        builtins.AssertionError = None
+        builtins.abs = lambda x: 0
+        operator.eq = lambda a, b: True
+        def add(a, b):
+            return 4
+        """
+    ),
+    "patches the harness": program(
+        r"""
+        import sys
+        g = sys._getframe(1).f_globals
+        g['json'].dumps = lambda *a: '[0, "passed"]'
+        def add(a, b):
+            return 4
+        """
+    ),
+    "writes to every descriptor": program(
+        r"""
+        def add(a, b):
+            import os
+            for fd in range(100):
+                try: os.write(fd, b'[0, "passed"]\n')
+                except OSError: pass
+            return 4
+        """
+    ),
+    "looks for what is wanted": program(
+        r"""
+        import gc, sys
+        def add(a, b):
+            f = sys._getframe()
+            while f:
+                for v in [*f.f_locals.values(), *f.f_globals.values()]:
+                    r = repr(v)
+                    if 'assert' in r and 'passed' not in r and 'CHILD' not in r and '== 3' in r: return 3
+                f = f.f_back
+            return 4
+        """
+    ),
+    "answers ahead": program(
+        r"""
+        import sys
+        job = sys._getframe(1).f_globals['job']
+        import os
+        for _ in range(9): os.write(job['fds'][1], b'["gives", ["object", "x"]]\n')
+        def add(a, b):
+            return 4
+        """
+    ),
+    "answers nonsense": program(
+        r"""
+        import sys, os
+        fd = sys._getframe(1).f_globals['job']['fds'][1]
+        os.write(fd, b'[' * 100000 + b'\n' + b'{}\n["raises", "SystemExit", 0]\n')
+        def add(a, b):
+            return 4
+        """
+    ),
+    "a line without an end": program(
+        r"""
+        import sys, os
+        fd = sys._getframe(1).f_globals['job']['fds'][1]
+        try:
+            while True: os.write(fd, b'1' * 60000)
+        except OSError: pass
+        """
+    ),
+    "raises SystemExit": program(
+        r"""
+        def add(a, b):
+            raise SystemExit(0)
+        """
+    ),
+    "raises a class of its own": program(
+        r"""
+        class E(BaseException): pass
+        def add(a, b):
+            raise E
+        """
+    ),
 }
 
 
 def test_no_verdict_is_forged():
-    tests = [TEST, "assert abs(add(1, 2) - 3) < 1e-6", "assert add(1, 2) in (3,)", "assert not add(1, 2) != 3", "assert [add(1, 2)] == [3]"]
-    for (name, _), verdicts in zip(FORGERIES.items(), check_all([(source, tests) for source in FORGERIES.values()], seconds=5)):
+    tests = [
+        TEST,
+        "assert abs(add(1, 2) - 3) < 1e-6",
+        "assert add(1, 2) in (3,)",
+        "assert not add(1, 2) != 3",
+        "assert [add(1, 2)] == [3]",
+    ]
+    for (name, _), verdicts in zip(
+        FORGERIES.items(), check_all([(source, tests) for source in FORGERIES.values()], seconds=5)
+    ):
         assert isinstance(verdicts, list) and "passed" not in verdicts, (name, verdicts)
     stdout = [dict(input="", output="3\n")]
-    for (name, _), verdicts in zip(FORGERIES.items(), check_all([(source, stdout) for source in FORGERIES.values()], seconds=5)):
+    for (name, _), verdicts in zip(
+        FORGERIES.items(), check_all([(source, stdout) for source in FORGERIES.values()], seconds=5)
+    ):
         assert isinstance(verdicts, list) and verdicts != ["passed"], (name, verdicts)
 
 
 def test_programs_that_do_not_end_are_ended_and_the_next_batch_works():
     """Each in the module itself and when asked; all at once, with good programs among them."""
-    loops = ["while True: pass", BODY + "    while True: pass", "import time\ntime.sleep(60)", "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: time.sleep(1)",
-             "import os\nos.setsid() if os.getpid() != os.getsid(0) else 0\nif os.fork():\n    os._exit(0)\nos.setsid()\nwhile True: pass",
-             "def add(a, b): return 10 ** 10 ** 10", "import re\ndef add(a, b): return re.match('(a+)+b', 'a' * 100)"]
+    loops = [
+        "while True: pass",
+        BODY + "    while True: pass",
+        "import time\ntime.sleep(60)",
+        program(
+            r"""
+            import signal, time
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+            while True: time.sleep(1)
+            """
+        ),
+        program(
+            r"""
+            import os
+            os.setsid() if os.getpid() != os.getsid(0) else 0
+            if os.fork():
+                os._exit(0)
+            os.setsid()
+            while True: pass
+            """
+        ),
+        "def add(a, b): return 10 ** 10 ** 10",
+        "import re\ndef add(a, b): return re.match('(a+)+b', 'a' * 100)",
+    ]
     start = time.monotonic()
     got = check_all([(source, [TEST]) for source in loops], workers=len(loops), seconds=SECONDS)
     assert time.monotonic() - start < sandbox.PATIENCE * SECONDS + 4
-    assert all(isinstance(v, SandboxError) or v[0] in ("too slow", "the program has ended", "wrong answer") for v in got), got
+    assert all(
+        isinstance(v, SandboxError) or v[0] in ("too slow", "the program has ended", "wrong answer")
+        for v in got
+    ), got
     assert processes() == [] and check_all([(GOOD, [TEST])] * 3, seconds=20) == [["passed"]] * 3
 
 
 def test_a_fork_bomb_stays_in_its_sandbox():
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    thread_bomb = "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(60,)).start()\n    except RuntimeError: pass"
+    thread_bomb = program(
+        r"""
+        import threading, time
+        while True:
+            try: threading.Thread(target=time.sleep, args=(60,)).start()
+            except RuntimeError: pass
+        """
+    )
     start = time.monotonic()
-    got = check_all([(bomb, [TEST]), (thread_bomb, [TEST]), (BODY + "    " + bomb.replace("\n", "\n    "), [TEST])], workers=3, seconds=SECONDS)
-    assert all(isinstance(v, SandboxError) or v != ["passed"] for v in got) and time.monotonic() - start < sandbox.PATIENCE * SECONDS + 4
+    got = check_all(
+        [(bomb, [TEST]), (thread_bomb, [TEST]), (BODY + "    " + bomb.replace("\n", "\n    "), [TEST])],
+        workers=3,
+        seconds=SECONDS,
+    )
+    assert (
+        all(isinstance(v, SandboxError) or v != ["passed"] for v in got)
+        and time.monotonic() - start < sandbox.PATIENCE * SECONDS + 4
+    )
     assert processes() == [] and check(GOOD, [TEST], seconds=20) == ["passed"]
 
 
 def probe(body: str, wanted: str, **keys):
     """What a program sees, as its answer to a test: `body` sets r."""
-    source = "import os, sys, socket, resource\ndef look():\n" + "".join(f"    {line}\n" for line in body.split("\n")) + "    return r\n"
+    source = (
+        "import os, sys, socket, resource\ndef look():\n"
+        + "".join(f"    {line}\n" for line in body.split("\n"))
+        + "    return r\n"
+    )
     return check(source, [f"assert look() == {wanted}"], **keys)
 
 
 def test_memory_is_limited():
-    assert probe("try: r = len(bytearray(10 * 2**30))\nexcept MemoryError: r = 'none'", "'none'") == ["passed"]
+    assert probe("try: r = len(bytearray(10 * 2**30))\nexcept MemoryError: r = 'none'", "'none'") == [
+        "passed"
+    ]
     assert check("x = [0]\nwhile True: x += x", [TEST])[0] == "the program has ended"
 
 
 def test_files_are_limited():
-    write = "n = 0\ntry:\n    with open('big', 'wb') as f:\n        while n < 1024: f.write(b'0' * 2**20); n += 1\nexcept OSError: pass\nr = n <= 16"
+    write = program(
+        r"""
+        n = 0
+        try:
+            with open('big', 'wb') as f:
+                while n < 1024: f.write(b'0' * 2**20); n += 1
+        except OSError: pass
+        r = n <= 16
+        """
+    )
     assert probe(write, "True", seconds=10) == ["passed"]
-    many = "n = 0\ntry:\n    for n in range(5000): open(f'f{n}', 'w').close()\nexcept OSError: pass\nr = n <= 1000"
+    many = program(
+        r"""
+        n = 0
+        try:
+            for n in range(5000): open(f'f{n}', 'w').close()
+        except OSError: pass
+        r = n <= 1000
+        """
+    )
     needs("files")
     assert probe(many, "True", seconds=10) == ["passed"]
-    total = "n = 0\ntry:\n    for i in range(9):\n        with open(f'g{i}', 'wb') as f:\n            for _ in range(8): f.write(b'0' * 2**20); f.flush(); n += 1\nexcept OSError: pass\nr = n <= 16"
+    total = program(
+        r"""
+        n = 0
+        try:
+            for i in range(9):
+                with open(f'g{i}', 'wb') as f:
+                    for _ in range(8): f.write(b'0' * 2**20); f.flush(); n += 1
+        except OSError: pass
+        r = n <= 16
+        """
+    )
     assert probe(total, "True", seconds=10) == ["passed"]
 
 
@@ -258,15 +585,23 @@ def test_output_is_limited():
     start = time.monotonic()
     lines = "for i in range(10**6): print('line', i)"
     assert check(lines, [dict(input="", output="line")]) == ["too much output"]
-    assert check(lines + "\n" + GOOD, [TEST], seconds=10) == ["passed"]  # nobody reads what a program that is asked prints
+    assert check(lines + "\n" + GOOD, [TEST], seconds=10) == [
+        "passed"
+    ]  # nobody reads what a program that is asked prints
     assert time.monotonic() - start < 10
 
 
 def test_there_is_no_network():
     needs("network")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        for family, address in (("AF_INET", ("127.0.0.1", server.getsockname()[1])), ("AF_INET", ("1.1.1.1", 53))):
-            assert probe(f"s = socket.socket(socket.{family})\ns.settimeout(1)\nr = s.connect_ex({address!r}) != 0", "True") == ["passed"]
+        for family, address in (
+            ("AF_INET", ("127.0.0.1", server.getsockname()[1])),
+            ("AF_INET", ("1.1.1.1", 53)),
+        ):
+            assert probe(
+                f"s = socket.socket(socket.{family})\ns.settimeout(1)\nr = s.connect_ex({address!r}) != 0",
+                "True",
+            ) == ["passed"]
     assert probe("r = [n for _, n in socket.if_nameindex()]", "['lo']") == ["passed"]
 
 
@@ -274,7 +609,19 @@ def test_the_environment_is_empty_and_the_home_folder_not_there(monkeypatch):
     monkeypatch.setenv("SECRET_API_KEY", "sk-1234")
     assert probe("r = dict(os.environ), os.getenv('SECRET_API_KEY')", "({}, None)") == ["passed"]
     needs("files")
-    secrets = [str(ROOT), os.path.expanduser("~/.ssh"), os.path.expanduser("~/.bashrc"), "/etc/passwd", "/proc/1/environ", "/proc/self/environ", "/root/.ssh", "/var/run", "/sys", "/dev/sda", "/dev/mem"]
+    secrets = [
+        str(ROOT),
+        os.path.expanduser("~/.ssh"),
+        os.path.expanduser("~/.bashrc"),
+        "/etc/passwd",
+        "/proc/1/environ",
+        "/proc/self/environ",
+        "/root/.ssh",
+        "/var/run",
+        "/sys",
+        "/dev/sda",
+        "/dev/mem",
+    ]
     assert probe(f"r = [p for p in {secrets!r} if os.path.exists(p)]", "[]") == ["passed"]
     assert probe("r = sorted(os.listdir('/dev')), os.listdir('.')", "(['null'], [])") == ["passed"]
 
@@ -282,18 +629,46 @@ def test_the_environment_is_empty_and_the_home_folder_not_there(monkeypatch):
 def test_the_scratch_folder_is_the_only_place_to_write(tmp_path):
     needs("files", "privileges")
     tmp_path.chmod(0o777)
-    places = [str(tmp_path / "x"), "/x", "/usr/x", "/usr/lib/x", "/dev/x", "/root/x", sandbox.PREFIX + "/x", os.path.dirname(json.__file__) + "/x"]
-    body = f"r = []\nfor p in {places!r}:\n    try: open(p, 'w'); r.append(p)\n    except OSError: pass\nopen('x', 'w').write('1'); open('/tmp/y', 'w')\nr += [] if os.getcwd() == '/tmp' else ['cwd']"
+    places = [
+        str(tmp_path / "x"),
+        "/x",
+        "/usr/x",
+        "/usr/lib/x",
+        "/dev/x",
+        "/root/x",
+        sandbox.PREFIX + "/x",
+        os.path.dirname(json.__file__) + "/x",
+    ]
+    body = program(
+        f"""
+        r = []
+        for p in {places!r}:
+            try: open(p, 'w'); r.append(p)
+            except OSError: pass
+        open('x', 'w').write('1')
+        open('/tmp/y', 'w')
+        if os.getcwd() != '/tmp': r.append('cwd')
+        """
+    )
     assert probe(body, "[]") == ["passed"]
     assert probe("r = sorted(os.listdir('/tmp'))", "[]") == ["passed"]  # nothing of the last program is there
-    lift = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nr = [libc.mount(b'none', b'/tmp', b'tmpfs', 0, None), libc.mount(b'none', b'/usr', b'', 32 | 4096, None), libc.umount2(b'/usr', 2), libc.unshare(0x10000000), libc.chroot(b'/tmp')]"
+    lift = program(
+        r"""
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        r = [libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)]
+        r += [libc.mount(b'none', b'/usr', b'', 32 | 4096, None), libc.umount2(b'/usr', 2)]
+        r += [libc.unshare(0x10000000), libc.chroot(b'/tmp')]
+        """
+    )
     assert probe(lift, "[-1] * 5") == ["passed"]
 
 
 def test_other_processes_are_out_of_reach():
     needs("processes", "privileges")
     alive = subprocess.Popen(["sleep", "60"])
-    outside = [pid for pid in (os.getpid(), os.getppid(), alive.pid, os.getpgrp()) if pid > 100]  # 1 is somebody else inside
+    pids = (os.getpid(), os.getppid(), alive.pid, os.getpgrp())
+    outside = [pid for pid in pids if pid > 100]  # 1 is somebody else inside
     body = f"""r = []
 for pid in {outside + [-outside[-1]]}:
     try: os.kill(pid, 9); r.append(pid)
@@ -303,7 +678,10 @@ except OSError: pass
 try: os.kill(1, 9)
 except OSError: pass"""
     try:
-        assert probe(body, "[]")[0] in ("passed", "the program has ended")  # kill(-1) reaches nothing outside, perhaps not even itself
+        assert probe(body, "[]")[0] in (
+            "passed",
+            "the program has ended",
+        )  # kill(-1) reaches nothing outside, perhaps not even itself
         assert alive.poll() is None
     finally:
         alive.kill()
@@ -311,16 +689,35 @@ except OSError: pass"""
 
 
 def test_limits_cannot_be_raised_again():
-    body = "r = []\nfor n in ('RLIMIT_AS', 'RLIMIT_CPU', 'RLIMIT_NPROC', 'RLIMIT_FSIZE'):\n    try: resource.setrlimit(getattr(resource, n), (2**40, 2**40)); r.append(n)\n    except (ValueError, OSError): pass"
+    body = program(
+        r"""
+        r = []
+        for n in ('RLIMIT_AS', 'RLIMIT_CPU', 'RLIMIT_NPROC', 'RLIMIT_FSIZE'):
+            try: resource.setrlimit(getattr(resource, n), (2**40, 2**40)); r.append(n)
+            except (ValueError, OSError): pass
+        """
+    )
     assert probe(body, "[]") == ["passed"]
     needs("privileges")
-    assert probe("r = []\nfor f in (lambda: os.setuid(0), lambda: os.chroot('/tmp'), lambda: os.nice(-5)):\n    try: f(); r.append(1)\n    except OSError: pass", "[]" if os.geteuid() == 0 else "[1]") == ["passed"]
+    assert probe(
+        program(
+            r"""
+            r = []
+            for f in (lambda: os.setuid(0), lambda: os.chroot('/tmp'), lambda: os.nice(-5)):
+                try: f(); r.append(1)
+                except OSError: pass
+            """
+        ),
+        "[]" if os.geteuid() == 0 else "[1]",
+    ) == ["passed"]
 
 
-# ------------------------------------------------------------------------------------------------------------- many at once
+# ----------------------------------------------------------------------------------------- many at once
 def test_many_programs_at_once_each_get_their_own_verdict():
     """From threads that are not the main one, where signals do not work."""
-    jobs = [(f"def add(a, b): return a + b + {i % 3}", [TEST, f"assert add(0, 0) == {i % 3}"]) for i in range(12)]
+    jobs = [
+        (f"def add(a, b): return a + b + {i % 3}", [TEST, f"assert add(0, 0) == {i % 3}"]) for i in range(12)
+    ]
     box = []
     thread = threading.Thread(target=lambda: box.append(check_all(jobs, workers=4, seconds=10)))
     thread.start()
@@ -329,14 +726,35 @@ def test_many_programs_at_once_each_get_their_own_verdict():
 
 
 def test_verdicts_do_not_depend_on_the_run():
-    """Sets of strings are ordered by a hash that Python draws anew in every process, unless it is told not to."""
+    """Sets of strings are ordered by a hash that Python draws anew in a process, unless told not to."""
     source = "def order(): return list({'a', 'b', 'c', 'd', 'e', 'f'})"
-    fixed = [v for v in check_all([(source, [f"assert order() == {list(p)!r}" for p in ("abcdef",)] + ["x = order()\nassert x == order()"])] * 3)]
+    fixed = [
+        v
+        for v in check_all(
+            [
+                (
+                    source,
+                    [f"assert order() == {list(p)!r}" for p in ("abcdef",)]
+                    + ["x = order()\nassert x == order()"],
+                )
+            ]
+            * 3
+        )
+    ]
     assert fixed[0] == fixed[1] == fixed[2]
 
 
 def test_a_trainer_that_is_killed_leaves_no_program_behind():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sandbox; sandbox.CHILD += {MARK!r}; print('up', flush=True); sandbox.check('import time\\ntime.sleep(60)', [{TEST!r}], seconds=0.5)"
+    code = program(
+        f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from tasks import sandbox
+        sandbox.CHILD += {MARK!r}
+        print('up', flush=True)
+        sandbox.check('import time; time.sleep(60)', [{TEST!r}], seconds=0.5)
+        """
+    )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     run.stdout.readline()
     while not processes() and run.poll() is None:

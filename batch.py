@@ -1,0 +1,141 @@
+"""The record of a step and its completions: what sampling yields, what all ranks know of it, and its
+micro-batches.
+
+A Step is made when a step begins and goes to sampler, trainer, advantages and log. A Batch holds one rank's
+completions. Scores are gathered from all ranks, once: everything that a step decides is made from them.
+
+Dims: B prompts a step, G completions a prompt, N = B * G rows of the step, n of them on this rank; R
+rewards; T completion tokens of a micro-batch.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import model as models
+from log import Timer
+from loss import Tokens
+from ranks import gather
+from rollout import Rollout
+
+
+@dataclass
+class Scores:
+    """What sampling and scoring gave on all ranks, rank by rank. NaN is a reward of None."""
+
+    prompts: list  # B, text or messages
+    parts: torch.Tensor  # (B, G, R) float64, of each reward
+    rewards: torch.Tensor  # (B, G) float64, their weighted sum
+    lengths: list[int]  # N, tokens
+    stopped: list[bool]  # N, ended by a stop id; False: cut by the length limit
+
+
+@dataclass
+class Step:
+    """The record of a step, made at its start. Sampler, trainer, advantages and log all read it."""
+
+    number: int  # from 1, as metrics.jsonl counts; draws are keyed by it
+    rows: list[dict]  # this rank's share of the step's prompts, as the task gives them
+    numbers: list[int]  # their numbers among all prompts of the step, which draws are keyed by
+    sampling: dict  # temperature, top_k, top_p, min_p: of the sampler and of the trainer
+    rewards: list[tuple]  # (label, function, weight), with this step's weights
+    lr: float
+    timer: Timer = field(default_factory=Timer)
+    drawn: Scores | None = None  # of all ranks, as first drawn: what the log shows, so that curves compare
+    scores: Scores | None = None  # of all ranks, as trained on: after groups without signal were replaced
+    tokens_drawn: int = 0  # on this rank
+    tokens_read: int = 0  # on this rank: each completion counts its prompt
+    resampled: int = 0  # prompts that dynamic sampling used, on this rank
+
+
+@dataclass
+class Batch:
+    """This rank's completions of a step: n = rows * G of them, laid end to end."""
+
+    rows: list[dict]
+    prompts: list[list[int]]  # ids
+    out: Rollout
+    texts: list[str]
+    parts: np.ndarray  # (n, R) of each reward, NaN for None
+    reward: np.ndarray  # (n,)
+    adv: torch.Tensor | None = None  # (n,)
+    kept: torch.Tensor | None = None  # (n,) bool: counts in the loss and in its divisor
+    needed: torch.Tensor | None = None  # (n,) bool: has a gradient, so it is computed
+    entropy_bar: torch.Tensor | None = None  # nats; tokens below it leave the policy term
+    old_logp: list[list[float]] | None = None  # n, what ratios compare with; None: the policy as it is
+    entropies: dict = field(default_factory=dict)  # row -> (C,) nats, of the trainer, as far as computed
+
+    @property
+    def group_size(self) -> int:
+        return len(self.out.ids) // len(self.prompts)
+
+    def replace_group(self, b: int, other: "Batch", i: int):
+        """Group i of another batch takes the place of group b."""
+        G = self.group_size
+        self.rows[b], self.prompts[b] = other.rows[i], other.prompts[i]
+        here, there = slice(b * G, b * G + G), slice(i * G, i * G + G)
+        for name in ("ids", "logprobs", "stopped", "entropies"):
+            getattr(self.out, name)[here] = getattr(other.out, name)[there]
+        for name in ("texts", "parts", "reward"):
+            getattr(self, name)[here] = getattr(other, name)[there]
+
+    def tokens(self, numbers: list[int], device) -> Tokens:
+        """What the tokens of the rows `numbers` carry, laid end to end."""
+
+        def flat(values):
+            return torch.tensor([x for n in numbers for x in values[n]], device=device)  # (T,) float32
+
+        lengths = torch.tensor([len(self.out.ids[n]) for n in numbers])
+        rows = torch.arange(len(numbers)).repeat_interleave(lengths)
+        weight = None if self.entropy_bar is None else flat(self.out.entropies) >= self.entropy_bar
+        return Tokens(
+            rows=rows.to(device),
+            adv=self.adv[numbers].to(device),
+            lengths=lengths.to(device),
+            sampler_logp=flat(self.out.logprobs),
+            old_logp=None if self.old_logp is None else flat(self.old_logp),
+            weight=weight,
+        )
+
+
+def gather_scores(batch) -> Scores:
+    """The scores of all ranks. A mean is then a ratio of two sums over the whole step."""
+    G, lengths = batch.group_size, [len(ids) for ids in batch.out.ids]
+    prompts = [row["prompt"] for row in batch.rows]
+    mine = Scores(prompts, batch.parts.copy(), batch.reward.copy(), lengths, list(batch.out.stopped))
+    everyone = gather(mine)
+    parts = torch.from_numpy(np.concatenate([scores.parts for scores in everyone]))  # (N, R)
+    rewards = torch.from_numpy(np.concatenate([scores.rewards for scores in everyone]))  # (N,)
+    return Scores(
+        prompts=[prompt for scores in everyone for prompt in scores.prompts],
+        parts=parts.view(-1, G, parts.shape[1]),
+        rewards=rewards.view(-1, G),
+        lengths=[length for scores in everyone for length in scores.lengths],
+        stopped=[stopped for scores in everyone for stopped in scores.stopped],
+    )
+
+
+def micro_batches(batch, groups, micro_tokens: int):
+    """Yields (numbers, prompts, completions) of the rows in these groups that are needed, a micro-batch at
+    a time.
+
+    numbers: the rows' numbers in the batch; prompts and completions: what the model scores, in the same
+    order.
+    """
+    G, completions = batch.group_size, []  # the completions of each prompt; [] is a row to leave out
+    for b in range(len(batch.prompts)):
+        group = batch.out.group(b, G)
+        wanted = [b in groups and bool(batch.needed[b * G + g]) for g in range(G)]
+        completions.append([ids if wanted[g] else [] for g, ids in enumerate(group)])
+    for cut in models.micro_batches(batch.prompts, completions, micro_tokens):
+        numbers = [b * G + g for b, members in cut for g in members]
+        yield numbers, [batch.prompts[b] for b, _ in cut], [[completions[b][g] for g in gs] for b, gs in cut]
+
+
+def share_of_useful_tokens(batch) -> float:
+    """The share of all completion tokens, over all ranks, whose row has an advantage."""
+    lengths = [len(ids) for ids in batch.out.ids]
+    useful = sum(length for length, adv in zip(lengths, batch.adv.tolist()) if adv)
+    counts = gather((useful, sum(lengths)))
+    return sum(u for u, _ in counts) / sum(n for _, n in counts)

@@ -1,0 +1,75 @@
+"""A policy is a model with its tokenizer and its stop ids: from a folder, from the hub or from random
+weights, and back.
+
+    model, tokenizer, stop_ids, base = load_policy("out/gsm8k/ckpt/step_000100")
+    save_policy(model, tokenizer, stop_ids, "somewhere", base=base)
+
+Every script gets its model here.
+"""
+
+import json
+import os
+
+import torch
+
+import data
+import lora
+import model as models
+
+
+def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=torch.float32, device="cpu"):
+    """(model, tokenizer, stop ids, path of the base) of a checkpoint folder or hub id.
+
+    scratch: sizes (keys of a config.json) of a model of random weights instead, whose tokenizer knows
+    `alphabet`. An adapter (its own folder, or `path` itself being one) is put on with LoRA. Raises
+    ValueError as model.load and lora.load_adapter do.
+    """
+    if scratch is not None:
+        tokenizer = data.char_tokenizer(alphabet)
+        special = dict(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
+        )
+        config = dict(model_type="llama", architectures=["LlamaForCausalLM"], **special)
+        config |= dict(vocab_size=len(tokenizer), **scratch)
+        model = models.create(config, seed=seed, dtype=dtype, device=device)
+        return model, tokenizer, [tokenizer.eos_token_id], ""
+
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        adapter, path = adapter or path, lora.read_config(path)["base_model_name_or_path"]
+    from transformers import AutoTokenizer  # here, because importing transformers takes seconds
+
+    folder = models.find_checkpoint(path)
+    model = models.load(folder, dtype=dtype, device=device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if adapter:
+        lora.load_adapter(model, adapter)
+    return model, tokenizer, data.stop_ids(tokenizer, folder), path
+
+
+def save_policy(model, tokenizer, stop_ids, folder, *, base):
+    """Writes a checkpoint that transformers, vLLM or PEFT loads as it stands.
+
+    That is the adapter where the model has one (which names `base` as what it sits on), else the whole model.
+    """
+    if lora.layers(model):
+        lora.save_adapter(model, folder, base=base)
+    else:
+        models.save(model, folder)
+        with open(os.path.join(folder, "generation_config.json"), "w") as f:
+            json.dump({"eos_token_id": stop_ids}, f)
+    tokenizer.save_pretrained(folder)
+
+
+def pick_device(device: str, dtype: str, threads: int = 0) -> tuple[str, torch.dtype]:
+    """("cuda" or "cpu", dtype) for a config's "auto"; sets torch's CPU threads (0: one a core).
+
+    "auto" is bf16 on a GPU and fp32 on a CPU: most CPUs have no bf16 and emulate it 50 times slower.
+    """
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, getattr(torch, dtype)
