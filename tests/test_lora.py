@@ -255,36 +255,6 @@ def test_merged_weights_are_added_in_fp32_and_rounded_once():
 
 
 # ------------------------------------------------------------------------------------- merged while it trains
-class _StandIn(torch.autograd.Function):
-    """What kernels/lora_linear.py's merged_linear does, where it has none yet."""
-
-    @staticmethod
-    def forward(ctx, x, merged, bias, scale, rows, A, *B):
-        ctx.save_for_backward(x, merged, A, *B)
-        ctx.scale, ctx.rows = scale, rows
-        return F.linear(x, merged, bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, merged, A, *B = ctx.saved_tensors
-        wide, x_wide = dy.to(A.dtype), x.to(A.dtype)
-        dA, dB = [], []
-        for rows, Ak, Bk in zip(ctx.rows, A.chunk(len(B)), B):
-            dA.append(ctx.scale * (wide[:, rows] @ Bk).t() @ x_wide)
-            dB.append(ctx.scale * wide[:, rows].t() @ (x_wide @ Ak.t()))
-        return dy @ merged, None, None, None, None, torch.cat(dA), *dB
-
-
-def stand_in(x, base, merged, scale, rows, A, *B):
-    return _StandIn.apply(x, merged, base.bias, scale, rows, A, *B)
-
-
-@pytest.fixture(autouse=True)
-def merged_linear(monkeypatch):
-    if not hasattr(lora.kernel, "merged_linear"):
-        monkeypatch.setattr(lora.kernel, "merged_linear", stand_in, raising=False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj"), ("down_proj",)], ids=str)
 def test_merged_policy_is_the_exported_model_to_the_bit(targets, dtype, tmp_path):
