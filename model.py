@@ -332,7 +332,7 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
     path = find_checkpoint(path)
     # On "meta" a model has shapes and no numbers, so a big one is never in memory twice.
     with torch.device("meta"):
-        # Made before the weights are looked for: an option that is not implemented is the first thing to know.
+        # Made before the weights are looked for: an option not implemented is the first thing to know.
         model = Transformer(read_json(path, "config.json"))
     shards = find_shards(path)
     # In this order, so that bf16 weights never take the room of fp32.
