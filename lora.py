@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kernels import lora_linear as kernel
+from kernels.lora_linear import lora_linear, merged_linear
 
 # Keys of an adapter_config.json that, when set, make an adapter another function of its tensors than ours.
 UNKNOWN_KINDS = (
@@ -105,11 +105,11 @@ class LoRALinear(nn.Module):
                 raise RuntimeError(
                     "an adapter has changed since it was merged: call lora.merge(model) after each update"
                 )
-            return kernel.merged_linear(x, self.base, self.merged, self.scale, self.rows, *thin)
+            return merged_linear(x, self.base, self.merged, self.scale, self.rows, *thin)
         mask = None
         if self.dropout and self.training:
             mask = F.dropout(torch.ones_like(x), self.dropout)
-        return kernel.lora_linear(x, mask, self.base, self.scale, self.rows, *thin)
+        return lora_linear(x, mask, self.base, self.scale, self.rows, *thin)
 
     @torch.no_grad()
     def merged_weight(self):

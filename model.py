@@ -85,7 +85,8 @@ class Block(nn.Module):
 
     def __init__(self, s: Shape, layer: int):
         super().__init__()
-        self.layer, self.H, self.K, self.E = layer, s.H, s.K, s.E
+        self.layer = layer  # its number, by which a plan finds its part of the cache
+        self.H, self.K, self.E = s.H, s.K, s.E
         self.input_norm = RMSNorm(s.D, s.eps)
         self.post_norm = RMSNorm(s.D, s.eps)
         self.qkv = Linear(s.D, {"q_proj": s.H * s.E, "k_proj": s.K * s.E, "v_proj": s.K * s.E}, s.bias)
@@ -125,6 +126,7 @@ class Transformer(nn.Module):
     def __init__(self, config: dict):
         """config: the dict of a config.json (kept, and written back by `save`). Weights are left unset."""
         super().__init__()
+        # A copy, because what is saved must be what was loaded, whatever the caller does with the dict.
         self.config = dict(config)
         self.shape = s = Shape(config)
         self.embed = nn.Parameter(torch.empty(s.V, s.D))
@@ -176,6 +178,7 @@ class Transformer(nn.Module):
         A rotated pair depends on its position only, never on its place in the stream.
         """
         if self.inv_freq is None or self.inv_freq.device != positions.device:
+            # Computed on the CPU wherever the model is, so that every device turns by the same angles.
             inv_freq, self.rope_scale = rope_frequencies(self.shape.E, self.shape.rope)
             self.inv_freq = inv_freq.to(positions.device)
         # Angles are fp32 whatever the weights are; only their cos and sin are rounded.
@@ -329,6 +332,7 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
     path = find_checkpoint(path)
     # On "meta" a model has shapes and no numbers, so a big one is never in memory twice.
     with torch.device("meta"):
+        # Made before the weights are looked for: an option not implemented is the first thing to know.
         model = Transformer(read_json(path, "config.json"))
     shards = find_shards(path)
     # In this order, so that bf16 weights never take the room of fp32.
@@ -380,12 +384,14 @@ def fill(model: Transformer, path: str, shards: list[str]):
                         f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
                         f"config.json asks for {tuple(target.shape)}"
                     )
+                # To the model's device and dtype, whatever the file's.
                 target.copy_(tensor)
                 seen.add(name)
             elif name == "lm_head.weight":  # and the config ties it, or it would be in names
                 second_head = tensor
             elif not name.endswith(HARMLESS):
                 unknown.append(name)
+    # Told together, with the first few names of each: one slip (a prefix, a tied head) often explains all.
     missing = sorted(names.keys() - seen)
     if missing or unknown:
         told = [count_and_name("missing", missing), count_and_name("unknown", unknown)]

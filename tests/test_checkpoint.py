@@ -119,9 +119,9 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, cap
     write(tmp_path, 1)
     file = write(tmp_path, 2) / name
     content = file.read_bytes()
-    at = (
-        content.rindex(b"2") if b"2" in content else len(content) - 1
-    )  # in state.json: a digit, so that it stays JSON
+    at = len(content) - 1
+    if b"2" in content:  # as in state.json: a digit, so that it stays JSON
+        at = content.rindex(b"2")
     new = {
         "shorter": content[:-3],
         "longer": content + b"1",
@@ -216,13 +216,11 @@ for old in (None, 3):  # an empty folder; and one where step 3 is replaced and s
 
 def test_a_save_killed_at_any_line_leaves_the_old_or_the_new_checkpoint_whole(tmp_path):
     paths = [str(ROOT), str(Path(__file__).parent)]
-    run = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path), *paths], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", KILLER, str(tmp_path), *paths]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert (
-        run.stdout.count("died at") == 2 and "warning" not in run.stdout
-    )  # nor a folder that newest() had to pass over
+    # Nor was there ever a folder that newest() had to pass over.
+    assert run.stdout.count("died at") == 2 and "warning" not in run.stdout
 
 
 def test_content_and_folders_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
@@ -235,9 +233,8 @@ def test_content_and_folders_are_on_the_disk_before_the_name_is(tmp_path, monkey
     path = write(tmp_path, 1)
     at = log.index("rename step_000001")
     inside = {".", *(str(p.relative_to(path)) for p in path.rglob("*"))}
-    assert {os.path.relpath(p, path.with_name(".tmp-step_000001")) for p in log[:at]} == inside and len(
-        inside
-    ) == 6
+    synced = {os.path.relpath(p, path.with_name(".tmp-step_000001")) for p in log[:at]}
+    assert synced == inside and len(inside) == 6
     assert log[at + 1 :] == [str(tmp_path / "ckpt"), str(tmp_path)]
 
 
@@ -255,11 +252,8 @@ def test_a_save_that_fails_leaves_the_old_one_and_the_next_succeeds(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_with_every_difference():
     state = {"step": 100, "model": {"model": "smollm", "hidden_size": 576, "layers": [1, 2], "lora_rank": 8}}
     check_same_run(state, {"model": "smollm", "hidden_size": 576, "layers": (1, 2), "lora_rank": 8})
-    with pytest.raises(
-        ValueError,
-        match="step 100 was made with model smollm, hidden_size 576; "
-        "this run has model qwen, hidden_size 896",
-    ):
+    said = "step 100 was made with model smollm, hidden_size 576; this run has model qwen, hidden_size 896"
+    with pytest.raises(ValueError, match=said):
         check_same_run(state, {"model": "qwen", "hidden_size": 896, "layers": [1, 2], "lora_rank": 8})
     with pytest.raises(ValueError, match="lora_rank 8; this run has lora_rank absent"):
         check_same_run(state, {"model": "smollm", "hidden_size": 576, "layers": [1, 2]})
@@ -297,10 +291,8 @@ def test_an_error_inside_the_block_is_not_lost_when_a_signal_comes_too():
 
 def test_the_callers_own_handler_gets_the_signal_and_an_ignored_one_stays_ignored():
     received = []
-    old_term, old_int = (
-        signal.signal(signal.SIGTERM, lambda *a: received.append(a[0])),
-        signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
+    old_term = signal.signal(signal.SIGTERM, lambda *a: received.append(a[0]))
+    old_int = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with uninterrupted():
             signal.raise_signal(signal.SIGINT)
@@ -308,7 +300,8 @@ def test_the_callers_own_handler_gets_the_signal_and_an_ignored_one_stays_ignore
             assert received == []
         assert received == [signal.SIGTERM]
     finally:
-        signal.signal(signal.SIGTERM, old_term), signal.signal(signal.SIGINT, old_int)
+        signal.signal(signal.SIGTERM, old_term)
+        signal.signal(signal.SIGINT, old_int)
 
 
 def test_outside_the_main_thread_the_block_does_nothing():
@@ -348,10 +341,9 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_reason(tmp_path):
     writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("")
-    for bad in (
-        tmp_path / "file",
-        tmp_path / "file" / "below",
-        *(["/proc/nothing"] if os.path.isdir("/proc") else []),
-    ):
+    unwritable = [tmp_path / "file", tmp_path / "file" / "below"]
+    if os.path.isdir("/proc"):
+        unwritable.append("/proc/nothing")
+    for bad in unwritable:
         with pytest.raises(ValueError, match="cannot write to .*--out_dir=PATH"):
             writable(bad)

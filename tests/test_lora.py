@@ -15,9 +15,8 @@ from conftest import TINY
 from optim import AdamW
 from test_model import FAMILIES, assert_same_logits, oracle
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::FutureWarning"
-)  # PEFT's, about options it is asked to write
+# PEFT's warnings, about options it is asked to write.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 ALL = models.ATTENTION + models.MLP
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
 BATCH = [[1, 2, 3], [4]], [[[5, 6], [7]], [[8, 9, 10]]]
@@ -25,9 +24,8 @@ BATCH = [[1, 2, 3], [4]], [[[5, 6], [7]], [[8, 9, 10]]]
 
 def adapted(targets=ALL, *, rank=3, alpha=6.0, dtype=torch.float32, config=TINY, trained=True, **options):
     """A tiny model with adapters; trained: B is not zero, as after some updates."""
-    model = lora.apply(
-        models.create(dict(config), seed=0, dtype=dtype), rank=rank, alpha=alpha, targets=targets, **options
-    )
+    base = models.create(dict(config), seed=0, dtype=dtype)
+    model = lora.apply(base, rank=rank, alpha=alpha, targets=targets, **options)
     g = torch.Generator().manual_seed(9)
     for layer in lora.layers(model).values():
         for B in layer.B:
@@ -43,26 +41,23 @@ def test_training_starts_from_the_base_and_only_adapters_learn(targets):
     assert torch.equal(model.logits(IDS), base.logits(IDS))
     model.completion_logprobs(*BATCH)[0].sum().backward()
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert learns == {name for name, p in model.named_parameters() if p.grad is not None} and all(
-        ".A" in name or ".B." in name for name in learns
-    )
+    assert learns == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert all(".A" in name or ".B." in name for name in learns)
     assert sum(len(layer.B) for layer in lora.layers(model).values()) == len(targets) * 2  # layers
 
 
 @pytest.mark.parametrize("rank, alpha", [(1, 1.0), (4, 32.0), (40, 8.0)])
 def test_start_is_pefts_and_a_function_of_the_seed(rank, alpha):
-    a, b, c = (adapted(rank=rank, alpha=alpha, trained=False, seed=seed) for seed in (1, 1, 2))
-    first, same, other = (
-        torch.cat([layer.A.detach().flatten() for layer in lora.layers(m).values()]) for m in (a, b, c)
-    )
-    assert torch.equal(first, same) and not torch.equal(first, other)
-    for layer in lora.layers(a).values():
+
+    def start(seed):
+        model = adapted(rank=rank, alpha=alpha, trained=False, seed=seed)
+        return torch.cat([layer.A.detach().flatten() for layer in lora.layers(model).values()])
+
+    assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
+    for layer in lora.layers(adapted(rank=rank, alpha=alpha, trained=False)).values():
         bound = layer.base.weight.shape[1] ** -0.5  # kaiming_uniform(a=sqrt(5)), as nn.Linear's weight
-        assert (
-            layer.scale == alpha / rank
-            and layer.A.abs().max() <= bound
-            and abs(float(layer.A.detach().std()) / (bound / 3**0.5) - 1) < 0.35
-        )
+        assert layer.scale == alpha / rank and layer.A.abs().max() <= bound
+        assert abs(float(layer.A.detach().std()) / (bound / 3**0.5) - 1) < 0.35
         assert not any(B.any() for B in layer.B)
 
 
@@ -91,9 +86,8 @@ def test_gradients_equal_those_of_a_merged_weight(targets):
             pieces.append(piece)
             row += size
         weights[f"{name}.weight"] = torch.cat(pieces)
-    logp, entropy, _ = torch.func.functional_call(
-        _Scored(plain), {f"model.{k}": v for k, v in weights.items()}, BATCH
-    )
+    weights = {f"model.{name}": weight for name, weight in weights.items()}
+    logp, entropy, _ = torch.func.functional_call(_Scored(plain), weights, BATCH)
     theirs = (logp * torch.linspace(-1, 1, len(logp))).sum() + entropy.sum()
     torch.testing.assert_close(loss, theirs, rtol=1e-12, atol=1e-12)
     ours = dict(model.named_parameters())
@@ -152,10 +146,8 @@ def test_bf16_base_has_fp32_adapters_that_learn():
         m.completion_logprobs(*BATCH)[0].sum().backward()
     for (name, a), b in zip(model.named_parameters(), exact.parameters()):
         if a.requires_grad:
-            assert (
-                a.grad.dtype == torch.float32
-                and F.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0) > 0.98
-            ), name
+            alike = F.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0)
+            assert a.grad.dtype == torch.float32 and alike > 0.98, name
     assert (model.logits(IDS) - exact.logits(IDS)).norm() < 0.05 * exact.logits(IDS).norm()
 
 
@@ -185,9 +177,8 @@ def test_adapter_saved_here_loads_in_peft_merges_to_transformers_and_loads_here(
         if p.requires_grad:
             p.data = torch.randn_like(p) * 0.2
     lora.save_adapter(model, str(tmp_path / "adapter"), base=str(tmp_path / "base"))
-    theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
-    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert_same_logits(theirs, model)
 
     models.save(model, str(tmp_path / "merged"), lora.merged_state(model))
@@ -197,24 +188,14 @@ def test_adapter_saved_here_loads_in_peft_merges_to_transformers_and_loads_here(
     assert_same_logits(whole, models.load(str(tmp_path / "merged")))
 
     again = lora.load_adapter(models.load(str(tmp_path / "base")), str(tmp_path / "adapter"))
-    assert all(
-        torch.equal(a, b)
-        for (_, a), (_, b) in zip(again.named_parameters(), model.named_parameters(), strict=True)
-    )
+    for a, b in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def peft_adapter(tmp_path, name="llama", **options):
     """transformers' model with a PEFT adapter of random weights, both written to tmp_path."""
-    options = (
-        dict(
-            r=4,
-            lora_alpha=8,
-            target_modules=["q_proj", "v_proj"],
-            task_type="CAUSAL_LM",
-            init_lora_weights=False,
-        )
-        | options
-    )
+    plain = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = plain | dict(init_lora_weights=False) | options
     theirs = peft.get_peft_model(oracle(FAMILIES[name], tmp_path / "base"), peft.LoraConfig(**options)).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     return theirs
@@ -241,9 +222,8 @@ def test_adapter_made_by_peft_loads_here(name, tmp_path):
     # into the model that has it already, as on resume; and out again in our own words
     lora.load_adapter(model, str(tmp_path / "adapter"))
     lora.save_adapter(model, str(tmp_path / "ours"), base=str(tmp_path / "base"))
-    again = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "ours"
-    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     assert_same_logits(again, model)
 
 
@@ -252,45 +232,14 @@ def test_merged_weights_are_added_in_fp32_and_rounded_once():
     state = lora.merged_state(model)
     layer = lora.layers(model)["blocks.0.down"]
     exact = layer.base.weight.double() + layer.scale * layer.B[0].double() @ layer.A.double()
-    assert (
-        torch.equal(state["blocks.0.down.weight"], exact.float().bfloat16())
-        or (state["blocks.0.down.weight"] != exact.bfloat16()).float().mean() < 0.01
-    )
+    merged = state["blocks.0.down.weight"]
+    through_fp32 = torch.equal(merged, exact.float().bfloat16())
+    assert through_fp32 or (merged != exact.bfloat16()).float().mean() < 0.01
     assert state.keys() == dict(models.create(dict(TINY), seed=0).named_parameters()).keys()
     assert all(t.dtype == torch.bfloat16 for t in state.values())
 
 
 # ------------------------------------------------------------------------------------- merged while it trains
-class _StandIn(torch.autograd.Function):
-    """What kernels/lora_linear.py's merged_linear does, where it has none yet."""
-
-    @staticmethod
-    def forward(ctx, x, merged, bias, scale, rows, A, *B):
-        ctx.save_for_backward(x, merged, A, *B)
-        ctx.scale, ctx.rows = scale, rows
-        return F.linear(x, merged, bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, merged, A, *B = ctx.saved_tensors
-        wide, x_wide = dy.to(A.dtype), x.to(A.dtype)
-        dA, dB = [], []
-        for rows, Ak, Bk in zip(ctx.rows, A.chunk(len(B)), B):
-            dA.append(ctx.scale * (wide[:, rows] @ Bk).t() @ x_wide)
-            dB.append(ctx.scale * wide[:, rows].t() @ (x_wide @ Ak.t()))
-        return dy @ merged, None, None, None, None, torch.cat(dA), *dB
-
-
-def stand_in(x, base, merged, scale, rows, A, *B):
-    return _StandIn.apply(x, merged, base.bias, scale, rows, A, *B)
-
-
-@pytest.fixture(autouse=True)
-def merged_linear(monkeypatch):
-    if not hasattr(lora.kernel, "merged_linear"):
-        monkeypatch.setattr(lora.kernel, "merged_linear", stand_in, raising=False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj"), ("down_proj",)], ids=str)
 def test_merged_policy_is_the_exported_model_to_the_bit(targets, dtype, tmp_path):
@@ -393,11 +342,8 @@ def test_alpha_is_written_as_an_int_where_it_is_one(tmp_path):
     for alpha, written in ((32.0, 32), (10.0, 10), (0.5, 0.5)):
         lora.save_adapter(adapted(alpha=alpha), str(tmp_path), base="x/y")
         found = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert (
-            found["lora_alpha"] == written
-            and type(found["lora_alpha"]) is type(written)
-            and found["base_model_name_or_path"] == "x/y"
-        )
+        assert found["lora_alpha"] == written and type(found["lora_alpha"]) is type(written)
+        assert found["base_model_name_or_path"] == "x/y"
 
 
 @pytest.mark.parametrize(
@@ -435,10 +381,8 @@ def test_adapter_of_another_kind_model_rank_or_alpha_is_refused_and_nothing_is_c
 
     def refused(said, change=None, drop=(), **keys):
         path.write_text(json.dumps(config | keys))
-        save_file(
-            {k: v + 1 for k, v in tensors.items() if k not in drop} | (change or {}),
-            tmp_path / "adapter_model.safetensors",
-        )
+        changed = {name: t + 1 for name, t in tensors.items() if name not in drop} | (change or {})
+        save_file(changed, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ValueError) as e:
             lora.load_adapter(model, str(tmp_path))
         assert said in str(e.value) and "\n" not in str(e.value)
@@ -481,9 +425,8 @@ def test_real_model_with_an_adapter_equals_peft(smollm2, tmp_path):
         for B in layer.B:
             B.data.normal_(std=0.02)
     lora.save_adapter(model, str(tmp_path), base=smollm2)
-    theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), tmp_path
-    )
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     ids = torch.arange(500, 512)
     with torch.no_grad():
         torch.testing.assert_close(model.logits(ids), theirs(ids[None]).logits[0], rtol=1e-4, atol=2e-4)

@@ -48,9 +48,8 @@ def test_fp32_equals_torch_bit_for_bit(max_norm):
     ours, theirs = model(), model()
     opt = AdamW(named(ours), lr=1.0, **OPTIONS)
     matrices, vectors = ([p for p in theirs.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
-    oracle = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1.0, fused=True, **OPTIONS
-    )
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    oracle = torch.optim.AdamW(groups, lr=1.0, fused=True, **OPTIONS)
     for step in range(6):
         lr = 1e-2 / (step + 1)
         backward(ours, step), backward(theirs, step)
@@ -75,9 +74,8 @@ def test_bf16_weights_move_at_lr_1e_6_where_plain_bf16_does_not():
         opt.zero_grad(), oracle.zero_grad()
     assert torch.equal(plain, start)
     assert ours.dtype == torch.bfloat16
-    assert torch.allclose(
-        ours.float(), start.float() - 3e-4, atol=6.2e-5
-    )  # half the distance between neighbours
+    # to half the distance between neighbours
+    assert torch.allclose(ours.float(), start.float() - 3e-4, atol=6.2e-5)
     assert torch.allclose(opt.state()["master.w"], start.float() - 3e-4, atol=1e-7)
 
 
@@ -147,9 +145,8 @@ def test_state_names_masters_only_for_low_precision():
     net[2].to(torch.bfloat16)
     names = set(AdamW(named(net), lr=1.0).state())
     weights = ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert names == {"step", "master.2.weight", "master.2.bias"} | {
-        f"{m}.{w}" for m in ("exp_avg", "exp_avg_sq") for w in weights
-    }
+    moments = {f"{moment}.{weight}" for moment in ("exp_avg", "exp_avg_sq") for weight in weights}
+    assert names == moments | {"step", "master.2.weight", "master.2.bias"}
 
 
 def test_load_state_names_what_is_missing_extra_or_misshapen_and_changes_nothing():
@@ -201,9 +198,8 @@ def test_norm_is_taken_over_all_gradients_and_clipping_scales_to_it():
     (2 * a.sum() + 3 * b.sum()).backward()  # gradients 2, 2, 2, 2, 3: norm 5
     assert opt.grad_norm().shape == () and opt.grad_norm().item() == 5.0
     assert opt.step(0.0, max_norm=0.5).item() == 5.0  # the norm before clipping
-    assert torch.cat([g.view(-1) for g in opt.grads()]).tolist() == pytest.approx(
-        [0.2, 0.2, 0.2, 0.2, 0.3], rel=1e-6
-    )
+    clipped = torch.cat([grad.view(-1) for grad in opt.grads()])
+    assert clipped.tolist() == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.3], rel=1e-6)
     opt.step(0.0, max_norm=100.0)  # below the limit: untouched
     assert opt.grad_norm().item() == pytest.approx(0.5, rel=1e-6)
 
@@ -233,9 +229,8 @@ def test_no_backward_and_a_backward_of_zeros_are_the_same_update():
     sum(0.0 * p.sum() for p in nets[0].parameters()).backward()
     for opt in opts:
         opt.step(1e-2)
-    assert same_bits(nets[0].state_dict(), nets[1].state_dict()) and same_bits(
-        opts[0].state(), opts[1].state()
-    )
+    assert same_bits(nets[0].state_dict(), nets[1].state_dict())
+    assert same_bits(opts[0].state(), opts[1].state())
 
 
 def test_zero_grad_frees_the_memory_of_gradients():
@@ -276,9 +271,8 @@ def test_nothing_to_train_and_tensors_given_twice_are_refused():
 def test_learning_rate_warms_up_from_the_first_step_and_decays_to_its_floor():
     at = lambda step, **options: learning_rate(step, lr=2.0, warmup_steps=4, steps=14, **options)
     assert [at(step) for step in (0, 1, 2, 3, 4, 13, 99)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
-    assert [at(step, schedule="linear") for step in (3, 4, 9, 14, 99)] == pytest.approx(
-        [2.0, 2.0, 1.0, 0.0, 0.0]
-    )
+    linear = [at(step, schedule="linear") for step in (3, 4, 9, 14, 99)]
+    assert linear == pytest.approx([2.0, 2.0, 1.0, 0.0, 0.0])
     assert [at(step, schedule="cosine") for step in (4, 9, 14)] == pytest.approx([2.0, 1.0, 0.0])
     assert at(99, schedule="cosine", min_ratio=0.1) == pytest.approx(0.2)
     assert at(9, schedule="linear", min_ratio=0.5) == pytest.approx(1.5)
