@@ -59,7 +59,6 @@ PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 class LoRALinear(nn.Module):
     """Wraps a Linear of several parts and freezes it; its parts named in `targets` get an adapter."""
 
-    fast = None  # as Linear's, with the adapter added in
     enabled = True  # False: the layer is its base, see `disabled`
 
     # The weight (rows, D) with the adapter added in, or None: see `merge`. Neither a parameter nor a buffer,
@@ -94,8 +93,6 @@ class LoRALinear(nn.Module):
             self.B.append(nn.Parameter(torch.zeros(base.parts[part], rank, **where)))
 
     def forward(self, x):
-        if self.fast is not None:
-            return self.fast(x)
         if not self.enabled:
             return self.base(x)
         thin = (self.A, *self.B)

@@ -64,9 +64,6 @@ class Linear(nn.Module):
     parts have one, the rest is 0.
     """
 
-    # While sampling on a CPU: the same function on weights laid out for it (kernels/packed_linear.py).
-    fast = None
-
     def __init__(self, width: int, parts: dict[str, int], bias=frozenset()):
         super().__init__()
         self.parts = parts
@@ -77,7 +74,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(rows)) if has_bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) if self.fast is None else self.fast(x)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Block(nn.Module):
