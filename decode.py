@@ -392,9 +392,8 @@ def upload(x: list, device):
 def addresses(model):
     """What a recorded step knows of the weights: where they lie, and as what."""
     tensors = list(model.parameters())
-    for (
-        module
-    ) in model.modules():  # weights with the adapter added in (lora.py) are read instead of the base's
+    for module in model.modules():
+        # A weight with the adapter added in (lora.merge) is read instead of the base's.
         if getattr(module, "merged", None) is not None:
             tensors.append(module.merged)
     return [(t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors]
