@@ -215,7 +215,7 @@ class Slots:
         self.state = (self.token, self.own, self.prompt_length, self.limit, self.done, self.keys)
 
         self.stop = zeros(model.shape.V, dtype=torch.bool)  # whether an id ends a row
-        self.policy = zeros(3, dtype=torch.float32)  # temperature, top_p, min_p, where a graph reads them
+        self.policy = zeros(3, dtype=torch.float64)  # temperature, top_p, min_p, where a graph reads them
         self.number = zeros(1)  # of the step in its block
         # id, log-probability and entropy, in one tensor for one copy to the host; fp64 holds them all exactly
         self.drawn = zeros(3, block, slots, dtype=torch.float64)
