@@ -4,6 +4,7 @@ conftest.py sets TRITON_INTERPRET before anything imports Triton, unless there i
 about a millisecond an operation of a program, so shapes here are small and odd; large ones are marked gpu.
 """
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -564,12 +565,18 @@ def test_a_kernel_says_which_dtypes_it_takes():
         assert kernels.switch.on_triton(x.to(dtype), dtypes=(torch.float32,)) == (dtype == torch.float32)
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "swiglu", "lora_linear", "logprob"])
-def test_a_kernel_file_can_be_copied_out_with_the_switch(name, tmp_path):
+def test_a_kernel_file_can_be_copied_out_with_the_switch(tmp_path):
+    beside = {"exact_kl": {"kernels.logprob"}, "linear_logprob": {"kernels.logprob"}}
+    for name in ("exact_kl", "linear_logprob", "logprob", "lora_linear", "rms_norm", "rope", "swiglu"):
+        tree = ast.parse((ROOT / f"kernels/{name}.py").read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        ours = {module for module in imported if module.startswith("kernels")}
+        assert ours - {"kernels.switch"} == beside.get(name, set())
     (tmp_path / "kernels").mkdir()
-    for stem in (name, "switch"):
+    for stem in ("rms_norm", "switch"):
         (tmp_path / f"kernels/{stem}.py").write_text((ROOT / f"kernels/{stem}.py").read_text())
-    command = [sys.executable, "-c", f"import kernels.{name}, kernels.switch; kernels.switch.use('torch')"]
+    program = "import kernels.rms_norm, kernels.switch as switch; switch.use('torch')"
+    command = [sys.executable, "-c", program]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and not out.stdout, out.stderr
 
