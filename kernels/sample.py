@@ -16,12 +16,16 @@ have as many edges: SmolLM2 drew another token once in 270, so 4 rows of 32 chan
 did. A race changes its mind only when its first two are within rounding: 0 of 32. One variate a word would
 cost 49,152 of them a token; two levels cost 384 + 128.
 
-On a GPU all of a row happens in one program of one launch (`sample`): temperature, truncation, both races,
-log-probability and entropy. The logits are read once, 4 V bytes. Truncation to top-k, top-p and min-p is
-one cutoff: keep z >= c. The first two cutoffs are found without sorting, by the 8 hexadecimal digits of c's
-place in the order of all floats, each digit by one more reading of the row, so top-k or top-p alone costs 8
-or 9 readings more, which the L2 cache serves in part. Words equal to the cutoff are all kept; a sort would
-drop some.
+On a GPU (`sample`) two kernels do all of it. `_blocks_kernel` reads the logits once, 4 V bytes a row, with
+many programs a row, and keeps three numbers a block of 128 words: maximum m, sum of e = exp(z - m), sum of
+e * (z - m). `_sample_kernel`, one program a draw, joins them (a block weighs e^(m - M) times its sum, M the
+row's maximum), races the blocks, races the words of the block that won, and writes log-probability and
+entropy. A block's numbers do not depend on how many programs there are, so a row draws the same in any batch.
+
+Truncation to top-k, top-p and min-p is one cutoff: keep z >= c. The first two cutoffs are found without
+sorting, by the 8 hexadecimal digits of c's place in the order of all floats, each digit by one more reading
+of the row, so top-k or top-p alone costs 8 or 9 readings more. Words equal to the cutoff are all kept; a sort
+would drop some.
 
 Dims: n rows, V vocabulary, m runners of a race.
 """
@@ -191,12 +195,15 @@ def sample_ref(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def sample(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, times=1):
-    """Tempers, truncates, draws and scores in one launch, for tensors that `on_triton` accepts.
+    """Tempers, truncates, draws and scores, for tensors that `on_triton` accepts.
 
-    logits (n, V) fp32, not changed; key (n * times,) int64, row i draws from logits i // times; key None:
-    the most likely word, whose distribution is then neither tempered nor truncated. Returns token (n *
-    times,) int64, logp and entropy (n * times,) fp32 in nats, both of the tempered and truncated
-    distribution.
+    logits (n, V) fp32, not changed; key (n * times,) int64, row i draws from logits i // times; key None: the
+    most likely word, whose distribution is then neither tempered nor truncated.
+    temperature, top_p, min_p: numbers, or tensors of one number on the device (fp32 or fp64). A tensor is
+    read when the kernels run, so a recorded CUDA graph follows it. A tensor for top_p or min_p switches
+    truncation on whatever its value, because that decides what is launched. top_k: a number.
+    Returns token (n * times,) int64, logp and entropy (n * times,) fp32 in nats, both of the tempered and
+    truncated distribution.
     """
     n, V = logits.shape
     shapes = f"logits {tuple(logits.shape)}, key {None if key is None else tuple(key.shape)}, times {times}"
@@ -206,46 +213,83 @@ def sample(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, times
     token = torch.empty(n * times, dtype=torch.int64, device=logits.device)
     logp = torch.empty(n * times, device=logits.device)
     entropy = torch.empty(n * times, device=logits.device)
-    if n:
-        _sample_kernel[(n * times,)](
-            logits.contiguous(),
-            key,
-            token,
-            logp,
-            entropy,
-            V,
-            triton.cdiv(V, BLOCK),
-            float(temperature),
-            float(top_k),
-            1.0 - top_p,
-            math.log(min_p) if min_p else -math.inf,
-            times,
-            TOP_K=0 < top_k < V,
-            TOP_P=top_p < 1.0,
-            BLOCK=BLOCK,
-            TILE=min(4096, max(BLOCK, triton.next_power_of_2(V))),
-            num_warps=8,
-        )
+    if n == 0:
+        return token, logp, entropy
+
+    logits = logits.contiguous()
+    blocks = triton.cdiv(V, BLOCK)
+    stats = torch.empty(n, 3, blocks, device=logits.device)
+    width = max(16, triton.next_power_of_2(blocks))
+    cuts = truncation(logits, temperature, top_k, top_p, min_p)
+    count, warps = blocks_a_program(n, blocks)
+    programs = triton.cdiv(blocks, count)
+    _blocks_kernel[(n * programs,)](
+        logits, stats, cuts, V, blocks, programs, temperature, BLOCK=BLOCK, COUNT=count, num_warps=warps
+    )
+    _sample_kernel[(n * times,)](
+        logits, stats, cuts, key, token, logp, entropy, V, blocks, temperature, times,
+        BLOCK=BLOCK, WIDTH=width, num_warps=8 if width > 512 else 4,
+    )  # fmt: skip
     return token, logp, entropy
+
+
+def blocks_a_program(n: int, blocks: int):
+    """How many blocks a program of _blocks_kernel folds, and its warps.
+
+    Few rows need many small programs to fill a GPU of 132 processors. Each warp folds whole blocks, so no bit
+    of the result depends on this rule.
+    """
+    if n * blocks < 132 * 64:
+        return 4, 4
+    return 16, 4
+
+
+def truncation(logits, temperature, top_k, top_p, min_p):
+    """The cutoff (n,) fp32 of each row, below which no tempered logit is kept. None: all words may come."""
+    n, V = logits.shape
+    keeps_k = 0 < top_k < V
+    keeps_mass = torch.is_tensor(top_p) or top_p < 1.0
+    has_floor = torch.is_tensor(min_p) or min_p > 0
+    if not (keeps_k or keeps_mass or has_floor):
+        return None
+    cuts = torch.empty(n, device=logits.device)
+    floor = -math.inf
+    if has_floor:
+        floor = min_p.log() if torch.is_tensor(min_p) else math.log(min_p)
+    _cut_kernel[(n,)](
+        logits, cuts, V, temperature, float(top_k), 1.0 - top_p, floor,
+        TOP_K=keeps_k, TOP_P=keeps_mass, TILE=min(1024, max(BLOCK, triton.next_power_of_2(V))), num_warps=8,
+    )  # fmt: skip
+    return cuts
+
+
+@triton.jit
+def _number(x):
+    """A number that the host gave, or that lies on the device."""
+    x = tl.to_tensor(x)
+    if x.dtype.is_ptr():
+        x = tl.load(x)
+    return x.to(tl.float32)
 
 
 @triton.jit
 def _words(logits, j, V, temperature, cut):
     """Tempered logits of words j; -inf below the cutoff and past the end. NaN stays NaN."""
     x = tl.load(logits + j, mask=j < V, other=float("-inf"))
-    x = tl.div_rn(x, temperature)
+    if temperature != 1.0:  # an exact division is ten instructions, a third of what the kernel may do a word
+        x = tl.div_rn(x, temperature)
     return tl.where(x < cut, float("-inf"), x)
 
 
 @triton.jit
 def _exponential(key, i):
-    """log of the i-th exponential variate (fp64) of a row's key: `splitmix`, where uint64 wraps by itself."""
+    """The i-th exponential variate (fp64) of a row's key: `splitmix`, where uint64 wraps by itself."""
     z = key + (i + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = z ^ (z >> 31)
     u = ((z >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
-    return tl.log(-tl.log(u))
+    return -tl.log(u)
 
 
 @triton.jit
@@ -288,8 +332,72 @@ def _cutoff(logits, V, temperature, cut, m, limit, MASS: tl.constexpr, TILE: tl.
 
 
 @triton.jit
+def _cut_kernel(
+    logits,
+    cuts,
+    V,
+    temperature,
+    top_k,
+    tail,
+    floor,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The cutoff of a row, a program each. tail: 1 - top_p; floor: log(min_p) or -inf."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * V
+    temperature = _number(temperature)
+    cut = tl.full((), float("-inf"), tl.float32)
+    if TOP_K:
+        cut = _cutoff(logits, V, temperature, cut, 0.0, top_k, False, TILE)
+    top = tl.full((), float("-inf"), tl.float32)
+    for start in range(0, V, TILE):
+        x = _words(logits, start + tl.arange(0, TILE), V, temperature, cut)
+        top = tl.maximum(top, tl.max(x, 0))
+    if TOP_P:
+        nucleus = _cutoff(logits, V, temperature, cut, top, _number(tail), True, TILE)
+        cut = tl.maximum(cut, tl.minimum(nucleus, top))  # the most likely word stays
+    cut = tl.maximum(cut, top + _number(floor))
+    tl.store(cuts + row, cut)
+
+
+@triton.jit
+def _fold(x):
+    """Words x (blocks, BLOCK) -> of each block: maximum m, sum of e = exp(x - m), sum of e * (x - m)."""
+    m = tl.max(x, 1)
+    base = tl.where(m > float("-inf"), m, 0.0)  # -inf less -inf would be NaN
+    d = x - base[:, None]
+    e = tl.exp(d)
+    slope = tl.where(e > 0, e * d, 0.0)  # 0 * -inf would be NaN
+    return m, tl.sum(e, 1), tl.sum(slope, 1)
+
+
+@triton.jit
+def _blocks_kernel(
+    logits, stats, cuts, V, blocks, programs, temperature, BLOCK: tl.constexpr, COUNT: tl.constexpr
+):
+    """Reads the logits once and writes stats (n, 3, blocks); `programs` of COUNT blocks a row."""
+    row = tl.program_id(0) // programs
+    block = tl.program_id(0) % programs * COUNT + tl.arange(0, COUNT)
+    if cuts is None:
+        cut = float("-inf")
+    else:
+        cut = tl.load(cuts + row)
+    logits += row.to(tl.int64) * V
+    j = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    m, s, t = _fold(_words(logits, j, V, _number(temperature), cut))
+    stats += row * 3 * blocks
+    tl.store(stats + block, m, mask=block < blocks)
+    tl.store(stats + blocks + block, s, mask=block < blocks)
+    tl.store(stats + 2 * blocks + block, t, mask=block < blocks)
+
+
+@triton.jit
 def _sample_kernel(
     logits,
+    stats,
+    cuts,
     keys,
     token,
     logp,
@@ -297,69 +405,58 @@ def _sample_kernel(
     V,
     blocks,
     temperature,
-    top_k,
-    tail,
-    floor,
     times,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """A program a row. tail: 1 - top_p; floor: log(min_p) or -inf.
+    """Joins the blocks of a row and draws: the block that wins, then its word that wins; a program a draw.
 
-    A race over masses w is the argmax of log w - log E: no maximum is needed first.
+    Without keys the scores of the races are the logits themselves.
     """
-    row = tl.program_id(0)
-    logits += (row // times).to(tl.int64) * V
-    if keys is None:
-        key = tl.zeros((), tl.uint64)
+    draw = tl.program_id(0)
+    row = draw // times
+    logits += row.to(tl.int64) * V
+    temperature = _number(temperature)
+    if cuts is None:
+        cut = float("-inf")
     else:
-        key = tl.load(keys + row).to(tl.uint64, bitcast=True)
+        cut = tl.load(cuts + row)
 
-    cut, m = float("-inf"), -3.4028234e38
-    if TOP_K:
-        cut = _cutoff(logits, V, temperature, cut, 0.0, top_k, False, min(TILE, 1024))
-    if TOP_P or floor > float("-inf"):
-        for start in range(0, V, TILE):
-            m = tl.maximum(m, tl.max(_words(logits, start + tl.arange(0, TILE), V, temperature, cut), 0))
-        if TOP_P:
-            nucleus = _cutoff(logits, V, temperature, cut, m, tail, True, min(TILE, 1024))
-            cut = tl.maximum(cut, tl.minimum(nucleus, m))  # the most likely word stays
-        cut = tl.maximum(cut, m + floor)
+    b = tl.arange(0, WIDTH)
+    real = b < blocks
+    stats += row * 3 * blocks
+    m = tl.load(stats + b, mask=real, other=float("-inf"))
+    s = tl.load(stats + blocks + b, mask=real, other=0.0)
+    t = tl.load(stats + 2 * blocks + b, mask=real, other=0.0)
+    top = tl.max(m, 0)
+    a = tl.exp(m - top)
+    mass = (s * a).to(tl.float64)
+    log_total = tl.log(tl.sum(mass, 0)).to(tl.float32)
+    # -1000 for -inf: what is so far below the maximum weighs nothing, and 0 * -inf would be NaN
+    slope = tl.sum(a * (t + s * tl.maximum(m - top, -1000.0)), 0)
 
-    m, s, t = -3.4028234e38, 0.0, 0.0  # running maximum, sum of e, sum of e * (x - m)
-    best, block = tl.full((), float("-inf"), tl.float64), 0
-    b, w = tl.arange(0, TILE // BLOCK), tl.arange(0, BLOCK)
-    for start in range(0, V, TILE):
-        x = _words(logits, start + b[:, None] * BLOCK + w[None, :], V, temperature, cut)
-        m_new = tl.maximum(m, tl.max(tl.max(x, 1), 0))
-        e = tl.exp(x - m_new)
-        mass = tl.sum(e, 1)
-        slope = tl.where(e > 0, e * (x - m_new), 0.0)  # 0 * -inf would be NaN
-        a = tl.exp(m - m_new)
-        t = a * (t + s * tl.maximum(m - m_new, -1000.0)) + tl.sum(tl.sum(slope, 1), 0)
-        s = s * a + tl.sum(mass, 0)
-        if keys is None:
-            score = (tl.max(x, 1) - m_new).to(tl.float64)
-        else:
-            score = tl.log(mass.to(tl.float64)) - _exponential(key, start // BLOCK + b)
-        score = tl.where(score == score, score, float("-inf"))  # NaN loses here, and shows in the logp
-        # Scores are relative to the maximum so far: beside a logit of -3e38 even fp64 would lose them.
-        best += m - m_new
-        m = m_new
-        top = tl.max(score, 0)
-        block = tl.where(top > best, start // BLOCK + tl.argmax(score, 0), block)
-        best = tl.maximum(best, top)
+    if keys is None:
+        score = m.to(tl.float64)
+    else:
+        key = tl.load(keys + draw).to(tl.uint64, bitcast=True)
+        score = mass / _exponential(key, b)
+    score = tl.where(real & (score == score), score, float("-inf"))  # NaN loses here, and shows in the logp
+    block = tl.argmax(score, 0)
 
-    score = (_words(logits, block * BLOCK + w, V, temperature, cut) - m).to(tl.float64)
-    if keys is not None:
-        score -= _exponential(key, tl.where(blocks > 1, blocks, 0) + w)
+    w = tl.arange(0, BLOCK)
+    x = _words(logits, block * BLOCK + w, V, temperature, cut)
+    if keys is None:
+        score = x.to(tl.float64)
+    else:
+        e = tl.exp(x - tl.max(x, 0)).to(tl.float64)
+        used = tl.where(blocks > 1, blocks, 0)  # variates of the race over blocks
+        score = e / _exponential(key, used + w)
     score = tl.where(score == score, score, float("-inf"))
     word = tl.minimum(
         block * BLOCK + tl.argmax(score, 0), V - 1
-    )  # inside the vocabulary, whatever the logits are
+    )  # of the vocabulary, whatever the logits are
+
     x = _words(logits, word, V, temperature, cut)
-    tl.store(token + row, word.to(tl.int64))
-    tl.store(logp + row, (x - m) - tl.log(s))
-    tl.store(entropy + row, tl.log(s) - t / s)
+    tl.store(token + draw, word.to(tl.int64))
+    tl.store(logp + draw, (x - top) - log_total)
+    tl.store(entropy + draw, log_total - slope / tl.sum(mass, 0).to(tl.float32))
