@@ -17,12 +17,17 @@ step of 7 heads fills 7 of the 16 rows of a tensor core instead of 1.
     dV = P^T dO           dP = dO V^T        dS = P * (dP - D)
     dQ = dS K / sqrt(E)   dK = dS^T Q / sqrt(E)
 
-The backward uses no atomics, so it gives the same bits every time. _dq_kernel walks the keys as the forward
-does. _dkv_kernel owns a tile of keys and walks the queries that see it: those of its own segment from the
-key on, and for a prompt those of all its completions, which stand one after another in the stream.
+_dq_kernel walks the keys as the forward does. _dkv_kernel owns a tile of keys and walks the queries that see
+it: those of its own segment from the key on, and for a prompt those of its completions, which stand right
+behind it in the stream. A prompt's walk is long, 16 completions of 250 tokens where a completion's own keys
+are seen by 250, and as one program it would end long after all others. So a walk of more than PART_ROWS rows
+is cut into parts, one program each, which leave fp32 sums in a scratch buffer, and _add_kernel adds the parts
+of a tile in their order. No atomics: the same bits every time.
 
 Operations: 4 E a pair of query and visible key forward, 10 E backward (14 with what is made twice).
 Bytes forward: q and out once, and the keys once a tile of BM / R queries, mostly from L2.
+The parts: 8 BN E K bytes each, written once and read once. At 14/2 heads x 64, 12 groups of 16 x 250 tokens
+behind prompts of 128 have 180 parts of 24 tiles, 12 MB in all, where dk and dv have 25.
 Loses to torch's own flash attention where nothing is shared and all lengths are equal.
 
 Dims: T tokens of the stream, H query heads, K key/value heads, R = H / K, E head width (BE: to a power of
@@ -76,6 +81,13 @@ SIZES = {
 }
 
 
+# A program of _dkv_kernel walks about this many rows (query, head) at most: 585 queries of 7 heads. Almost no
+# completion of GSM8K is longer. So only prompts are cut, one with 16 completions of 250 tokens into 8 parts.
+PART_ROWS = 4096
+# In a large batch longer parts fill the GPU as well: four programs an SM of an H100, for each key head.
+PROGRAMS = 512
+
+
 def on_triton(x) -> bool:
     return (MODE == "triton" or MODE == "auto" and x.is_cuda) and x.dtype != torch.float64
 
@@ -102,13 +114,15 @@ def padded(E: int) -> int:
 
 
 class Tiles:
-    """The tables of a stream, built once and used by every layer.
+    """The tables of a stream, built once on the CPU and used by every layer.
 
     segments: (start, length, prompt_start, prompt_length), as in attention.py.
     queries (tiles, 6) int64: start, n, first, p_start, p_length, o_start.
-    keys (tiles, 5) int64: start, n, end of its segment, start and end of the completions that see all of it.
-    Both stand with the most work first, so that the long programs are not the last to begin.
-    Raises ValueError if the completions of a prompt do not stand one after another.
+    keys (parts, 5) int64: start and n of a tile of keys, begin and end of a run of the queries that see it,
+    and the place of the part's sums in the scratch buffer, or -1 for the only part of its tile.
+    sums (tiles of several parts, 4) int64: start, n, place of the first part, parts.
+    queries and keys have the most work first, so that the long programs are not the last to begin.
+    Raises ValueError if the completions of a prompt do not stand one after another behind it.
     """
 
     def __init__(self, segments, R: int, *, E: int, dtype, device):
@@ -116,43 +130,73 @@ class Tiles:
         self.size = tile(E, dtype, device)
         assert R <= self.size["BM"], f"{R} query heads a key head: at most {self.size['BM']}"
         segments = [s for s in segments if s[1]]
-        queries = query_tiles(segments, self.size["BM"] // R)
-        keys = key_tiles(segments, self.size["dkv"]["BN"])
-        self.queries = torch.tensor(queries, dtype=torch.long).to(device)
-        self.keys = torch.tensor(keys, dtype=torch.long).to(device)
+        table = torch.tensor(segments, dtype=torch.long).view(-1, 4)
+        ends = torch.tensor(ends_of_readers(segments), dtype=torch.long)
+        queries = query_tiles(table, self.size["BM"] // R)
+        keys, sums = key_tiles(table, ends, self.size["dkv"]["BN"], self.size["dkv"]["BM"] // R, R)
+        self.queries = queries.to(device)
+        self.keys = keys.to(device)
+        self.sums = sums.to(device)
+        self.parts = int(sums[:, 3].sum())  # that go through the scratch buffer
 
 
-def query_tiles(segments, size: int) -> list[tuple]:
-    """Tiles of at most `size` queries, those with the most keys first."""
-    tiles = []
-    for start, length, prompt_start, prompt_length in segments:
-        for first in range(0, length, size):
-            n = min(size, length - first)
-            tiles.append((start + first, n, first, prompt_start, prompt_length, start))
-    return sorted(tiles, key=lambda t: -(t[1] + t[2] + t[4]))
-
-
-def key_tiles(segments, size: int) -> list[tuple]:
-    """Tiles of at most `size` keys, those that the most queries see first."""
-    readers = completions_of(segments)
-    tiles = []
-    for start, length, _, prompt_length in segments:
-        begin, end = (0, 0) if prompt_length else readers.get(start, (0, 0))
-        for j in range(0, length, size):
-            tiles.append((start + j, min(size, length - j), start + length, begin, end))
-    return sorted(tiles, key=lambda t: -(t[2] - t[0] + t[4] - t[3]))
-
-
-def completions_of(segments) -> dict:
-    """Start of a prompt -> where its completions begin and end in the stream."""
-    found = {}
-    for start, length, prompt_start, prompt_length in segments:
+def ends_of_readers(segments) -> list[int]:
+    """Where the last query that sees a segment's keys ends: the segment's end, or its last completion's."""
+    ends = {start: start + length for start, length, _, _ in segments}
+    for start, length, prompt_start, prompt_length in sorted(segments):
         if prompt_length:
-            begin, end, tokens = found.get(prompt_start, (start, start, 0))
-            found[prompt_start] = min(begin, start), max(end, start + length), tokens + length
-    if any(end - begin != tokens for begin, end, tokens in found.values()):
-        raise ValueError("the completions of a prompt must stand one after another in the stream")
-    return {prompt: (begin, end) for prompt, (begin, end, _) in found.items()}
+            if ends.get(prompt_start) != start:
+                raise ValueError(
+                    "the completions of a prompt must stand one after another in the stream, right behind it"
+                )
+            ends[prompt_start] = start + length
+    return [ends[start] for start, _, _, _ in segments]
+
+
+def cut(lengths, size):
+    """Cuts runs into pieces of `size`, a number or one for each run: the piece's run and its offset there."""
+    pieces = (lengths + size - 1) // size
+    run = torch.arange(len(lengths)).repeat_interleave(pieces)
+    number = torch.arange(len(run)) - (pieces.cumsum(0) - pieces)[run]  # of the piece in its run
+    offset = number * (size[run] if isinstance(size, torch.Tensor) else size)
+    return run, offset
+
+
+def query_tiles(segments, size: int):
+    """Tiles.queries: tiles of at most `size` queries, those with the most keys first."""
+    start, length, prompt_start, prompt_length = segments.t()
+    s, first = cut(length, size)
+    n = (length[s] - first).clamp(max=size)
+    tiles = torch.stack([start[s] + first, n, first, prompt_start[s], prompt_length[s], start[s]], 1)
+    keys = first + n + prompt_length[s]
+    return tiles[keys.argsort(descending=True, stable=True)]
+
+
+def key_tiles(segments, ends, size: int, step: int, R: int):
+    """Tiles.keys and Tiles.sums: tiles of at most `size` keys, their parts in multiples of `step` queries."""
+    start, length, _, _ = segments.t()
+    s, offset = cut(length, size)
+    first = start[s] + offset
+    n = (length[s] - offset).clamp(max=size)
+    walk = ends[s] - first  # queries
+
+    # Parts of about equal length, in whole steps of the loop.
+    longest = max(PART_ROWS, R * int(walk.sum()) // PROGRAMS) // R
+    parts = (walk + longest - 1) // longest
+    share = (walk + parts - 1) // parts
+    share = (share + step - 1) // step * step
+    t, offset = cut(walk, share)  # tile of each part
+    begin = first[t] + offset
+    end = torch.minimum(begin + share[t], ends[s][t])
+
+    parts = t.bincount(minlength=len(s))  # whole steps may have made one fewer
+    several = parts > 1
+    place = torch.where(several[t], several[t].cumsum(0) - 1, -1)
+    keys = torch.stack([first[t], n[t], begin, end, place], 1)
+    keys = keys[(end - begin).argsort(descending=True, stable=True)]
+    first, n, parts = first[several], n[several], parts[several]
+    sums = torch.stack([first, n, parts.cumsum(0) - parts, parts], 1)
+    return keys, sums
 
 
 def flash_attention(q, k, v, tiles: Tiles):
@@ -220,8 +264,14 @@ class _Flash(torch.autograd.Function):
         widths = dict(R=R, E=E, BE=padded(E))
         tensors = (q, k, v, out, dout, dq, lse, delta, tiles.queries)
         _dq_kernel[(len(tiles.queries), K)](*tensors, *numbers, **widths, BM=size["BM"], **size["dq"])
-        tensors = (q, k, v, dout, dk, dv, lse, delta, tiles.keys)
+        keys = size["dkv"]["BN"]
+        parts = torch.empty(tiles.parts, K, 2, keys, E, device=q.device)
+        tensors = (q, k, v, dout, dk, dv, parts, lse, delta, tiles.keys)
         _dkv_kernel[(len(tiles.keys), K)](*tensors, *numbers, **widths, **size["dkv"])
+        if tiles.parts:
+            block = min(16, keys)
+            grid = (len(tiles.sums), K, keys // block)
+            _add_kernel[grid](parts, dk, dv, tiles.sums, E**-0.5, E=E, BE=padded(E), BN=keys, BLOCK=block)
         return dq, dk, dv, None
 
 
@@ -377,72 +427,94 @@ def _dq_kernel(
 
 
 @triton.jit
-def _dkv_scan(
-    dk, dv,  # (BN, BE)
-    k_tile, v_tile, q, dout, lse, delta, begin, end,
-    key,  # (BN,) token numbers
-    kv, H, scale, q_token,
-    CAUSAL: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Adds to dk and dv what queries begin .. end - 1 give. CAUSAL: only those at or after the key."""
-    r = tl.arange(0, BM)
-    e = tl.arange(0, BE)
-    for start in range(begin, end, BM // R):
-        t = start + r // R
-        head = kv * R + r % R
-        real = (t < end) & (r < BM // R * R)  # 64 rows hold 9 queries of 7 heads and one row too many
-        rows = t.to(tl.int64) * H + head
-        mask = real[None, :] & (e < E)[:, None]
-        q_place = t.to(tl.int64)[None, :] * q_token + head[None, :] * E + e[:, None]
-        q_tile = tl.load(q + q_place, mask=mask, other=0.0)  # (BE, BM)
-        do_tile = tl.load(dout + rows[None, :] * E + e[:, None], mask=mask, other=0.0)
-        lse_tile = tl.load(lse + rows, mask=real, other=0.0)
-        delta_tile = tl.load(delta + rows, mask=real, other=0.0)
-        x = tl.dot(k_tile, q_tile, input_precision="ieee") * scale
-        p = tl.exp2(x - lse_tile[None, :])
-        if CAUSAL:
-            p = tl.where(real[None, :] & (t[None, :] >= key[:, None]), p, 0.0)
-        else:
-            p = tl.where(real[None, :], p, 0.0)
-        dv = tl.dot(p.to(do_tile.dtype), tl.trans(do_tile), dv, input_precision="ieee")
-        dp = tl.dot(v_tile, do_tile, input_precision="ieee")
-        ds = p * (dp - delta_tile[None, :])
-        dk = tl.dot(ds.to(q_tile.dtype), tl.trans(q_tile), dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
 def _dkv_kernel(
-    q, k, v, dout, dk, dv, lse, delta, table,
+    q, k, v, dout, dk, dv,
+    parts,  # scratch (parts, K, 2, BN, E) fp32
+    lse, delta, table,
     scale,  # 1 / sqrt(E)
     q_token, k_token, v_token,
     R: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of keys, key head): it alone writes their gradients, adding in the stream's order."""
+    """Program (part of a tile's walk, key head): what queries begin .. end - 1 give to dk and dv."""
     table += tl.program_id(0) * 5
     start = tl.load(table)
     n = tl.load(table + 1)
-    end = tl.load(table + 2).to(tl.int32)
-    begin2 = tl.load(table + 3).to(tl.int32)
-    end2 = tl.load(table + 4).to(tl.int32)
+    begin = tl.load(table + 2).to(tl.int32)
+    end = tl.load(table + 3).to(tl.int32)
+    part = tl.load(table + 4)
     kv = tl.program_id(1)
     K = tl.num_programs(1)
-    H = K * R
     j = tl.arange(0, BN)
+    r = tl.arange(0, BM)
     e = tl.arange(0, BE)
     mask = (j < n)[:, None] & (e < E)[None, :]
     k_tile = tl.load(k + (start + j)[:, None] * k_token + kv * E + e[None, :], mask=mask, other=0.0)
     v_tile = tl.load(v + (start + j)[:, None] * v_token + kv * E + e[None, :], mask=mask, other=0.0)
 
-    begin = start.to(tl.int32)
-    key = begin + j
+    key = start.to(tl.int32) + j
+    i = r // R
+    head = kv * R + r % R
+    whole = r < BM // R * R  # 64 rows hold 9 queries of 7 heads and one row too many
+    row = i * (K * R) + head
+    q_place = (
+        i[None, :] * q_token + head[None, :] * E + e[:, None]
+    )  # (BE, BM), from the step's first query on
+    do_place = row[None, :] * E + e[:, None]
     scale2 = scale * 1.4426950408889634  # log2(e): lse is of base 2
     dk_tile = tl.zeros((BN, BE), tl.float32)
     dv_tile = tl.zeros((BN, BE), tl.float32)
-    dk_tile, dv_tile = _dkv_scan(dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta,
-                                 begin, end, key, kv, H, scale2, q_token, True, R, E, BE, BM)  # fmt: skip
-    dk_tile, dv_tile = _dkv_scan(dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta,
-                                 begin2, end2, key, kv, H, scale2, q_token, False, R, E, BE, BM)  # fmt: skip
+    for first in range(begin, end, BM // R):
+        t = first + i
+        real = whole & (t < end)
+        real_e = real[None, :] & (e < E)[:, None]
+        first_row = tl.cast(first, tl.int64) * (K * R)
+        q_tile = tl.load(q + tl.cast(first, tl.int64) * q_token + q_place, mask=real_e, other=0.0)
+        do_tile = tl.load(dout + first_row * E + do_place, mask=real_e, other=0.0)
+        lse_tile = tl.load(lse + first_row + row, mask=real, other=0.0)
+        delta_tile = tl.load(delta + first_row + row, mask=real, other=0.0)
+
+        x = tl.dot(k_tile, q_tile, input_precision="ieee") * scale2
+        # A prompt's keys come before all of its completions. Rows that are not real add 0: q and dout are 0.
+        p = tl.where(t[None, :] >= key[:, None], tl.exp2(x - lse_tile[None, :]), 0.0)
+        dv_tile = tl.dot(p.to(do_tile.dtype), tl.trans(do_tile), dv_tile, input_precision="ieee")
+        dp = tl.dot(v_tile, do_tile, input_precision="ieee")
+        ds = p * (dp - delta_tile[None, :])
+        dk_tile = tl.dot(ds.to(q_tile.dtype), tl.trans(q_tile), dk_tile, input_precision="ieee")
+
+    if part < 0:
+        place = ((start + j) * K + kv)[:, None] * E + e[None, :]
+        tl.store(dk + place, (dk_tile * scale).to(dk.dtype.element_ty), mask=mask)
+        tl.store(dv + place, dv_tile.to(dv.dtype.element_ty), mask=mask)
+    else:
+        place = ((part * K + kv) * 2 * BN + j)[:, None] * E + e[None, :]
+        tl.store(parts + place, dk_tile, mask=mask)
+        tl.store(parts + BN * E + place, dv_tile, mask=mask)
+
+
+@triton.jit
+def _add_kernel(
+    parts, dk, dv, table,
+    scale,  # 1 / sqrt(E)
+    E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of BN keys in several parts, key head, BLOCK of its keys): adds the parts in order."""
+    table += tl.program_id(0) * 4
+    start = tl.load(table)
+    n = tl.load(table + 1)
+    part = tl.load(table + 2)
+    count = tl.load(table + 3).to(tl.int32)
+    kv = tl.program_id(1)
+    K = tl.num_programs(1)
+    j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, BE)
+    mask = (j < n)[:, None] & (e < E)[None, :]
+    dk_tile = tl.zeros((BLOCK, BE), tl.float32)
+    dv_tile = tl.zeros((BLOCK, BE), tl.float32)
+    place = ((part * K + kv) * 2 * BN + j)[:, None] * E + e[None, :]
+    for _ in range(0, count):
+        dk_tile += tl.load(parts + place, mask=mask, other=0.0)
+        dv_tile += tl.load(parts + BN * E + place, mask=mask, other=0.0)
+        place += K * 2 * BN * E
     place = ((start + j) * K + kv)[:, None] * E + e[None, :]
     tl.store(dk + place, (dk_tile * scale).to(dk.dtype.element_ty), mask=mask)
     tl.store(dv + place, dv_tile.to(dv.dtype.element_ty), mask=mask)

@@ -117,6 +117,95 @@ def test_completions_that_are_scattered_are_refused():
         flash.Tiles(segments, 1, E=8, dtype=torch.float32, device=DEVICE)
 
 
+@pytest.mark.parametrize(
+    "segments", [[(0, 4, 0, 0), (4, 3, 4, 0), (7, 2, 0, 4)], [(2, 4, 2, 0), (0, 2, 2, 4)]]
+)
+def test_completions_that_do_not_follow_their_prompt_are_refused(segments):
+    """Keys of a prompt are seen by one run of queries that begins with the prompt."""
+    with pytest.raises(ValueError, match="right behind it"):
+        flash.Tiles(segments, 1, E=8, dtype=torch.float32, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(
+    "H, K, E, groups",
+    [
+        (2, 2, 8, [(37, [5, 90, 61]), (70, [])]),  # a prompt without completions is cut, too
+        (7, 1, 24, [(3, [50]), (40, [9, 0, 1])]),
+    ],
+)
+def test_gradients_of_keys_in_parts_are_those_of_the_definition(monkeypatch, H, K, E, groups, dtype):
+    """About 40 rows a program: most tiles have several parts, and those at the end of a segment have one."""
+    monkeypatch.setattr(flash, "PART_ROWS", 40)
+    monkeypatch.setattr(flash, "PROGRAMS", 10**6)
+    tiles = flash.Tiles(table(groups)[0], H // K, E=E, dtype=dtype, device=DEVICE)
+    assert tiles.sums[:, 3].max() > 2 and (tiles.keys[:, 4] == -1).any()
+    check_attention(groups, H, K, E, dtype)
+
+
+def test_the_order_of_parts_is_fixed(monkeypatch):
+    """The same bits every time, where parts are added by another kernel."""
+    monkeypatch.setattr(flash, "PART_ROWS", 50)
+    monkeypatch.setattr(flash, "PROGRAMS", 10**6)
+    segments, T = table([(30, [40, 9])])
+    inputs = [randn(T, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    tiles = flash.Tiles(segments, 2, E=8, dtype=torch.float32, device=DEVICE)
+    assert tiles.parts > 3
+    grads = []
+    for _ in range(2):
+        loss = flash.flash_attention(*inputs, tiles).square().sum()
+        grads.append(torch.autograd.grad(loss, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 300), st.lists(st.integers(0, 900), max_size=6)), min_size=1, max_size=5
+    ),
+    st.sampled_from([1, 3, 7]),
+)
+def test_tables_hold_every_query_and_every_pair_of_key_and_query_once(groups, R):
+    segments, T = table(groups)
+    tiles = flash.Tiles(segments, R, E=64, dtype=torch.bfloat16, device="cpu")
+    queries = sorted((start, start + n) for start, n, *_ in tiles.queries.tolist())
+    keys, places = {}, []  # tile of keys -> the runs of queries of its parts
+    for start, n, begin, end, place in tiles.keys.tolist():
+        keys.setdefault((start, start + n), []).append((begin, end, place))
+        assert 0 < end - begin <= flash.PART_ROWS / R + 64
+    for runs in (queries, sorted(keys)):
+        bounds = [0] + [end for _, end in runs]
+        assert [begin for begin, _ in runs] == bounds[:-1] and bounds[-1] == T
+    readers = {}  # a segment's last token -> where its readers end
+    for start, length, prompt_start, prompt_length in segments:
+        readers[start] = start + length
+        if prompt_length:
+            readers[prompt_start] = start + length
+    sums = {start: (place, parts) for start, _, place, parts in tiles.sums.tolist()}
+    for (start, _), parts in keys.items():
+        parts.sort()
+        segment = max(s for s, length, _, _ in segments if s <= start and length)
+        assert [begin for begin, _, _ in parts] == [start] + [end for _, end, _ in parts[:-1]]
+        assert parts[-1][1] == readers[segment]
+        first, count = sums.get(start, (-1, 1))
+        assert [place for _, _, place in parts] == ([-1] if count == 1 else list(range(first, first + count)))
+        places += [place for _, _, place in parts if place >= 0]
+    assert sorted(places) == list(range(tiles.parts))
+
+
+def test_no_program_is_long_beside_the_load_of_a_processor():
+    """A prompt's keys are seen by all of its completions: one program walked 4,000 queries where the mean
+    processor of an H100 had 1,000, and the update waited for it."""
+    segments, T = table([(128, [100, 400, 250, 300] * 4)] * 3)
+    tiles = flash.Tiles(segments, 7, E=64, dtype=torch.bfloat16, device="cpu")
+    walks = tiles.keys[:, 3] - tiles.keys[:, 2]
+    load = 2 * walks.sum() / 132  # two key heads
+    assert walks.max() < 0.7 * load
+    assert (
+        tiles.parts < 60
+    )  # and few sums go through memory: of 24 KB a head where dk and dv of the tile have 16
+
+
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("H, K, E", [(9, 3, 64), (14, 2, 64), (28, 4, 128), (16, 16, 80)])
