@@ -27,8 +27,6 @@ import lora
 import loss as losses
 import optim
 import rollout
-from kernels.attention import attention_ref
-from test_attention import table
 
 triton = pytest.importorskip("triton")
 
@@ -238,79 +236,6 @@ def test_log_probabilities_at_real_shapes(M, D, V):
             grads.append([x.grad for x in (h, w) if x.grad is not None])
     for a, b in zip(grads[0] + grads[1], grads[2] + grads[3]):
         near(a, b, torch.bfloat16)
-
-
-# ----------------------------------------------------------------------------------------------------------- attention
-def check_attention(groups, H, K, E, dtype, scale=1.0):
-    segments, T = table(groups)
-    qk = randn(T, H + K, E, scale=scale, dtype=dtype)  # as in the model: q and k are parts of one tensor, v of another
-    v = randn(T, K + 1, E, seed=1, dtype=dtype)[:, 1:]
-    dout = randn(T, H, E, seed=2, dtype=dtype)
-    exact = [leaf(x, torch.float64) for x in (qk[:, :H], qk[:, H:], v)]
-    ref = attention_ref(*exact, segments)
-    inputs = [x.requires_grad_() for x in (qk[:, :H].detach(), qk[:, H:].detach(), v.detach())]
-    ours = A.flash_attention(*inputs, A.Tiles(segments, H // K, E=E, dtype=dtype, device=DEVICE))
-    near(ours, ref, dtype)
-    for a, b in zip(torch.autograd.grad(ours, inputs, dout), torch.autograd.grad(ref, exact, dout.double())):
-        near(a, b, dtype)
-
-
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("H, K, E, groups", [
-    (1, 1, 8, [(1, [])]),  # one token
-    (4, 2, 16, [(37, [5, 40, 1]), (3, [])]),
-    (7, 1, 16, [(20, [12, 0, 33])]),  # 7 heads a key: rows of the tile are left over
-    (3, 3, 24, [(33, [9]), (2, [35])]),  # E is no power of two
-])
-def test_attention_is_its_definition_forward_and_backward(H, K, E, groups, dtype):
-    check_attention(groups, H, K, E, dtype)
-
-
-@settings(quick, max_examples=6)
-@given(st.lists(st.tuples(st.sampled_from([1, 2, 13, 34]), st.lists(st.sampled_from([0, 1, 7, 35]), max_size=3)), min_size=1, max_size=2), st.sampled_from([1, 3]), st.sampled_from([1, 2]))
-def test_attention_of_any_segments(groups, R, K):
-    check_attention(groups, R * K, K, 8, torch.float32)
-
-
-def test_attention_of_extreme_scores():
-    check_attention([(20, [10, 3])], 2, 1, 16, torch.float32, scale=4.0)  # scores to +-200: weights are 0 and 1
-
-
-def test_completions_that_are_scattered_are_refused():
-    with pytest.raises(ValueError, match="one after another"):
-        A.Tiles([(0, 4, 0, 0), (4, 2, 0, 4), (6, 3, 6, 0), (9, 2, 0, 4)], 1, E=8, dtype=torch.float32, device=DEVICE)
-
-
-@on_gpu
-@pytest.mark.parametrize("H, K, E", [(9, 3, 64), (14, 2, 64), (28, 4, 128), (16, 16, 80)])
-@pytest.mark.parametrize("dtype", LOW)
-def test_attention_of_real_models(H, K, E, dtype):
-    check_attention([(150, [200, 129, 0, 64, 1]), (1, [300]), (257, [])], H, K, E, dtype)
-    segments, T = table([(150, [200, 129])])
-    q, k, v = (randn(T, n, E, seed=n, dtype=dtype).requires_grad_() for n in (H, K, K + 50))
-    tiles = A.Tiles(segments, H // K, E=E, dtype=dtype, device=DEVICE)
-    grads = [torch.autograd.grad(A.flash_attention(q, k, v[:, :K], tiles).float().square().sum(), (q, k, v)) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*grads))  # to the bit: no atomics
-
-
-@pytest.mark.parametrize("dtype", LOW)
-def test_decoding_reads_the_cache(dtype):
-    """Rows of two groups at different lengths; what the cache holds beyond them is NaN and must not be touched."""
-    n, H, K, E, P, C = 5, 6, 2, 16, 40, 70
-    group, lengths, own = [0, 0, 1, 1, 1], [40, 13], [0, 69, 3, 31, 64]
-    q = randn(n, H, E, dtype=dtype)
-    (pk, pv), (ok, ov) = ([randn(m, K, c, E, seed=i, dtype=dtype) for i in range(2)] for m, c in ((2, P), (n, C)))
-    for x in (pk, pv):
-        x[1, :, 13:] = float("nan")
-    for x in (ok, ov):
-        for i in range(n):
-            x[i, :, own[i] + 1 :] = float("nan")
-    rows = torch.tensor([[i, 1, own[i], group[i] * K * P, lengths[group[i]], i * K * C] for i in range(n)], device=DEVICE)
-    out = A.flash_decode(q, pk, pv, ok, ov, rows)
-    for i in range(n):
-        keys, values = (torch.cat([a[group[i], :, : lengths[group[i]]], b[i, :, : own[i] + 1]], 1).double() for a, b in ((pk, ok), (pv, ov)))
-        w = torch.einsum("krd,ktd->krt", q[i].double().view(K, H // K, E), keys).div(E**0.5).softmax(-1)
-        near(out[i], torch.einsum("krt,ktd->krd", w, values).reshape(H, E), dtype)
 
 
 # ------------------------------------------------------------------------ norm, rotation, SwiGLU, LoRA
