@@ -1,11 +1,11 @@
-"""The decoding step, on static buffers: one token for every row in a slot. On a GPU it is recorded in CUDA
-graphs.
+"""The decoding step, on static buffers: a token for every row in a slot. On a GPU it runs in CUDA graphs.
 
-    slots = Slots(model, groups=9, slots=64, prompt_tokens=128, new_tokens=255, block=8) slots.begin(model,
-    choose, stop_ids=[2], slots=64, cuda_graphs=True) slots.enter(...);  slots.seat(...)               # rows
-    go into slots; where their prompts are slots.run(n, 8, longest)                         # starts 8 steps
-    of slots 0..n-1 and returns at once tokens, logps, entropies = slots.read()          # of the oldest block
-    that has not been read; waits for it
+    slots = Slots(model, groups=9, slots=64, prompt_tokens=128, new_tokens=255, block=8)
+    slots.begin(model, choose, stop_ids=[2], slots=64, cuda_graphs=True)
+    slots.enter(...)                          # rows go into slots
+    slots.seat(...)                           # where their prompts are
+    slots.run(n, 8, longest)                  # starts 8 steps of slots 0..n-1 and returns at once
+    tokens, logps, entropies = slots.read()   # of the oldest block that has not been read; waits for it
 
 A *slot* is one row's seat in the batch: the token to feed next, how many tokens it has drawn, its own keys. A
 *block* is a number of steps between two looks of the host: 1 on a CPU, 8 on a GPU. A *place* holds a prompt's

@@ -1,9 +1,8 @@
-"""Sampling: each prompt is prefilled once, its group's rows decode in slots, a free slot goes to the next
-row.
+"""Sampling: a prompt is prefilled once, its group's rows decode in slots, a free slot goes to the next row.
 
-    sampler = Sampler(model, slots=64)                                     # once a run rollout =
-    sampler.generate(prompts, group_size=8, max_new_tokens=256, stop_ids=[2], seed=0, step=0) rollout.ids[n],
-    rollout.logprobs[n], rollout.stopped[n]                # row n answers prompt n // group_size
+    sampler = Sampler(model, slots=64)          # once a run
+    rollout = sampler.generate(prompts, group_size=8, max_new_tokens=256, stop_ids=[2], seed=0, step=0)
+    rollout.ids[n], rollout.logprobs[n], rollout.stopped[n]       # row n answers prompt n // group_size
 
 A completion is the list of ids that were drawn, the stop id included, each with the log-probability of the
 distribution it was drawn from (temperature and truncation included). Ids never become text and come back.
@@ -55,10 +54,6 @@ PREFILL_TOKENS_TRITON = (
 # Completions that may be this long are sampled on packed weights: copying them takes as long as a dozen steps
 # save.
 PACK_STEPS = 16
-
-# Whether the sampling kernel reads temperature, top_p and min_p from tensors on the device, so that a
-# recorded step does not depend on their values.
-POLICY_ON_DEVICE = False
 
 
 @dataclass
@@ -278,7 +273,7 @@ class Sampler:
         self.greedy, self.temperature = temperature == 0, temperature
         self.top_k, self.top_p, self.min_p = top_k, top_p, min_p
         static = (temperature, top_k, top_p, min_p, self.wants_entropy)
-        if POLICY_ON_DEVICE and self.slots.can_record(self.cuda_graphs):
+        if self.slots.can_record(self.cuda_graphs):
             static = self.put_policy_on_device()
         self.slots.begin(
             self.twin,
