@@ -62,9 +62,8 @@ class GridAttention:
     no key is expanded.
     """
 
-    records = (
-        False  # the grid's shape and the longest row are Python numbers: a recording would keep old ones
-    )
+    # The grid's shape and the longest row are Python numbers: a recording would keep old ones.
+    records = False
 
     def __init__(self, cache: Cache, slots: int, model):
         self.cache = cache
@@ -81,7 +80,8 @@ class GridAttention:
 
     def enter(self, slots, prompt_lengths):
         """New rows are in slots (i,): each sees its prompt, prompt_lengths (i,), and nothing of its own
-        yet."""
+        yet.
+        """
         seen = self.prompt_position < prompt_lengths[:, None]  # (i, P)
         self.mask[slots] = float("-inf")
         self.mask[slots, 0, 0, : self.cache.P] = torch.where(seen, 0.0, float("-inf")).to(self.mask.dtype)
@@ -105,7 +105,8 @@ class GridAttention:
 
     def advance(self, own, prompt_lengths, longest: int):
         """Before a step: rows have `own` (n,) tokens in their slots, `longest` at most, and their next key
-        opens."""
+        opens.
+        """
         n = len(own)
         self.visible = longest + 1  # own keys that any row sees
         self.write = (self.first_key[:n] + own[:, None]).flatten()
@@ -144,7 +145,8 @@ class GridAttention:
 
 class TableAttention:
     """The Triton form: the kernel finds a row's keys by its line of a table on the device. The host is not
-    needed."""
+    needed.
+    """
 
     records = True
 
@@ -232,7 +234,8 @@ class Slots:
 
     def holds(self, *, block: int, **sizes) -> bool:
         """Whether a call of these sizes can run here, with fewer slots and places only if these were all that
-        fitted."""
+        fitted.
+        """
         exact = ("prompt_tokens", "new_tokens")
         room = {
             name: self.sizes[name] if name in exact else max(self.sizes[name], self.asked[name])
@@ -344,7 +347,8 @@ class Slots:
 
     def read(self):
         """What the oldest unread block drew: ids, log-probabilities, entropies, each steps lists of n. Waits
-        for it."""
+        for it.
+        """
         which, steps, n = self.unread.popleft()
         if self.on_gpu:
             self.events[which].synchronize()
