@@ -266,7 +266,7 @@ def truncation(logits, temperature, top_k, top_p, min_p):
 @triton.jit
 def _number(x):
     """A number that the host gave, or that lies on the device."""
-    x = tl.to_tensor(x)
+    x = tl.core.to_tensor(x)
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x.to(tl.float32)
