@@ -37,7 +37,7 @@ import torch
 
 from cache import Cache
 from kernels import flash_attention as flash
-from kernels import rope
+from kernels import rope, switch
 from kernels.attention import decode_ref
 
 # Decode steps launched before the host reads the results. A larger block hides launch cost but notices a
@@ -257,7 +257,7 @@ class Slots:
         self.recording = self.can_record(cuda_graphs)
         self.batches = sorted({size for size in SIZES if size < slots} | {slots})
         adapters_on = [m.enabled for m in model.modules() if hasattr(m, "enabled")]
-        self.static = (static, flash.MODE, model.training, *adapters_on)
+        self.static = (static, switch.MODE, model.training, *adapters_on)
         self.unread.clear()
         self.done.fill_(True)
         for x in (self.own, self.limit, self.stop):
