@@ -30,7 +30,7 @@ Bytes forward: q and out once, and the keys once a tile of BM / R queries, mostl
 The parts: 8 BN E K bytes each, written once and read once. At 14/2 heads x 64, 12 groups of 16 x 250 tokens
 behind prompts of 128 have 180 parts of 24 tiles, 12 MB in all, where dk and dv have 25.
 Bytes of a decoding step: each key and value that a row of the batch sees, once from memory; of a split row,
-besides, 8 (E + 1) bytes a split and query head: 3 % of the keys' at 256 keys a split, 7 heads a key head.
+besides, 8 (E + 1) bytes a split and query head: 6 % of the keys' at 256 keys a split, 7 heads a key head.
 Loses to torch's own flash attention where nothing is shared and all lengths are equal.
 
 Dims: T tokens of the stream, H query heads, K key/value heads, R = H / K, E head width (BE: to a power of
