@@ -1,4 +1,5 @@
 """What the tests share: the repository on the path, one thread, one real two-layer model, and the real checkpoints where they are."""
+
 import os
 import signal
 import sys
@@ -22,8 +23,19 @@ torch.set_num_threads(1)
 # a shell that starts the suite in the background ignores Ctrl-C for it and for its children, and the tests of Ctrl-C send one
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-TINY = dict(model_type="llama", vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.3)
+TINY = dict(
+    model_type="llama",
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    initializer_range=0.3,
+)
 
 
 @pytest.fixture
@@ -56,13 +68,20 @@ def interpreter_without_two_faults():
     hold one number, which numpy 2.4 no longer does. bench/gpu.py --dry, without these, needs a Triton newer than 3.6 or an older numpy."""
     tl = pytest.importorskip("triton.language")
     from triton.runtime import interpreter
+
     dot, set_attr = interpreter.InterpreterBuilder.create_dot, interpreter._LangPatchScope.set_attr
 
     def widened(self, a, b, d, *options):
-        return dot(self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), d, *options)
+        return dot(
+            self,
+            *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)),
+            d,
+            *options,
+        )
 
     def set_index(self, thing, name, value):
         set_attr(self, thing, name, (lambda x: int(x.handle.data.item())) if name == "__index__" else value)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
         patch.setattr(interpreter._LangPatchScope, "set_attr", set_index)

@@ -1,4 +1,5 @@
 """The exact KL over the vocabulary against its definition in fp64 and autograd, whole and in chunks, truncated and not."""
+
 import pytest
 import torch
 
@@ -20,7 +21,10 @@ def test_value_and_gradients_equal_the_definition(monkeypatch, options, chunk_by
     h, w, rh, rw = tensors()
     truncate = (lambda z, rows: truncate_(z, **options)) if options else None
     kept = truncate_((h @ w.t() / 0.7).detach().clone(), **options) > float("-inf") if options else None
-    got, want = exact_kl(h, w, rh, rw, temperature=0.7, truncate=truncate), exact_kl_ref(h, w, rh, rw, temperature=0.7, kept=kept)
+    got, want = (
+        exact_kl(h, w, rh, rw, temperature=0.7, truncate=truncate),
+        exact_kl_ref(h, w, rh, rw, temperature=0.7, kept=kept),
+    )
     torch.testing.assert_close(got, want)
     up = torch.randn(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(got, (h, w), up), torch.autograd.grad(want, (h, w), up)):

@@ -1,4 +1,5 @@
 """The run as a whole, on a tiny model of random weights: what it writes, what it refuses, and that it ends with the same bits however it is cut."""
+
 import contextlib
 import json
 import os
@@ -27,8 +28,16 @@ from conftest import ROOT
 from kernels.logprob import logprob_ref
 from sample import save_policy
 
-SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-             tie_word_embeddings=True, initializer_range=0.2)
+SHAPE = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    initializer_range=0.2,
+)
 
 
 def even(completions, **_):
@@ -37,15 +46,37 @@ def even(completions, **_):
 
 
 def settings(tmp_path, **keys):
-    base = dict(scratch=SHAPE, alphabet="0123456789+=<>,_^", task="arithmetic", task_options=dict(style="chars", digits=2), rewards=[(even, 1.0)], lora_rank=0, prompts_per_step=4,
-                group_size=4, max_new_tokens=12, micro_tokens=150, steps=4, lr=1e-2, warmup_steps=2, eval_every=0, save_every=2, rollouts_every=2, show_every=0,
-                threads=1, device="cpu", out_dir=str(tmp_path / "run"), keep=0)
+    base = dict(
+        scratch=SHAPE,
+        alphabet="0123456789+=<>,_^",
+        task="arithmetic",
+        task_options=dict(style="chars", digits=2),
+        rewards=[(even, 1.0)],
+        lora_rank=0,
+        prompts_per_step=4,
+        group_size=4,
+        max_new_tokens=12,
+        micro_tokens=150,
+        steps=4,
+        lr=1e-2,
+        warmup_steps=2,
+        eval_every=0,
+        save_every=2,
+        rollouts_every=2,
+        show_every=0,
+        threads=1,
+        device="cpu",
+        out_dir=str(tmp_path / "run"),
+        keep=0,
+    )
     return configs.check_values(configs.Config(**(base | keys)))
 
 
 def weights(path: Path) -> dict:
     """Every tensor a checkpoint holds, its optimiser's too."""
-    return {f"{f.name}:{name}": t for f in sorted(path.glob("*.safetensors")) for name, t in load_file(f).items()}
+    return {
+        f"{f.name}:{name}": t for f in sorted(path.glob("*.safetensors")) for name, t in load_file(f).items()
+    }
 
 
 def same(a: dict, b: dict) -> bool:
@@ -57,7 +88,9 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
-    cfg = settings(tmp_path, eval_every=2, eval_problems=5, rewards=[(even, 1.0), ("arithmetic", 0.0)], beta=0.1)
+    cfg = settings(
+        tmp_path, eval_every=2, eval_problems=5, rewards=[(even, 1.0), ("arithmetic", 0.0)], beta=0.1
+    )
     assert train.main(cfg) == 0
     out, run = capsys.readouterr().out, Path(cfg.out_dir)
     metrics = rows(run / "metrics.jsonl")
@@ -72,19 +105,44 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
     rollouts = rows(run / "rollouts" / "step_000002.jsonl")
     assert len(rollouts) == 16
     for r in rollouts:
-        assert {"prompt", "completion", "parts", "reward", "advantage", "finish_reason", "logprobs", "entropy"} <= r.keys()
+        assert {
+            "prompt",
+            "completion",
+            "parts",
+            "reward",
+            "advantage",
+            "finish_reason",
+            "logprobs",
+            "entropy",
+        } <= r.keys()
         assert len(r["ids"]) == len(r["logprobs"]) and r["finish_reason"] in ("stop", "length")
     assert abs(sum(r["advantage"] for r in rollouts[:4])) < 1e-5
     saved = json.loads((run / "config.json").read_text())
     assert saved["config"]["lr"] == 1e-2 and saved["torch"] == torch.__version__
     assert sorted(p.name for p in (run / "ckpt").iterdir()) == ["step_000002", "step_000004"]
-    assert "differs from the defaults" in out and "the first prompt" in out and "before:" in out and "after:" in out
+    assert (
+        "differs from the defaults" in out
+        and "the first prompt" in out
+        and "before:" in out
+        and "after:" in out
+    )
 
 
-@pytest.mark.parametrize("keys", [dict(), dict(lora_rank=4, lora_alpha=8.0, beta=0.1, lora_dropout=0.1), dict(beta=0.1, sft_steps=3, sft_batch=4), dict(dtype="bfloat16")],
-                         ids=["full", "lora", "warm-up and reference", "bf16"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(),
+        dict(lora_rank=4, lora_alpha=8.0, beta=0.1, lora_dropout=0.1),
+        dict(beta=0.1, sft_steps=3, sft_batch=4),
+        dict(dtype="bfloat16"),
+    ],
+    ids=["full", "lora", "warm-up and reference", "bf16"],
+)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, keys):
-    whole, cut = settings(tmp_path, out_dir=str(tmp_path / "whole"), **keys), settings(tmp_path, out_dir=str(tmp_path / "cut"), **keys)
+    whole, cut = (
+        settings(tmp_path, out_dir=str(tmp_path / "whole"), **keys),
+        settings(tmp_path, out_dir=str(tmp_path / "cut"), **keys),
+    )
     train.main(whole)
     train.main(configs.Config(**{**vars(cut), "steps": 2}))
     # a schedule that depends on steps is the config's: constant here
@@ -92,7 +150,11 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, keys):
     a, b = (weights(Path(c.out_dir) / "ckpt" / "step_000004") for c in (whole, cut))
     assert same(a, b)
     first, second = (rows(Path(c.out_dir) / "metrics.jsonl") for c in (whole, cut))
-    timed = lambda m: {k: v for k, v in m.items() if not k.startswith(("time/", "tokens_per_second/", "memory/")) and k != "step_time"}
+    timed = lambda m: {
+        k: v
+        for k, v in m.items()
+        if not k.startswith(("time/", "tokens_per_second/", "memory/")) and k != "step_time"
+    }
     assert [timed(m) for m in first] == [timed(m) for m in second]
 
 
@@ -108,8 +170,21 @@ def start(tmp_path, name, *flags, launcher=()):
     path = tmp_path / "killed.py"
     path.write_text(CONFIG)
     env = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), str(path), f"--out_dir={tmp_path / name}", *flags], env=env, cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *launcher,
+            str(ROOT / "train.py"),
+            str(path),
+            f"--out_dir={tmp_path / name}",
+            *flags,
+        ],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for_step(process, step):
@@ -142,21 +217,37 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 1 and "go on with: python train.py" in out and "--resume=True" in out
     state = checkpoint.load_state(checkpoint.newest(tmp_path / "stopped"))[1]
     assert state["step"] >= 5
-    assert [m["step"] for m in rows(tmp_path / "stopped" / "metrics.jsonl")] == list(range(1, state["step"] + 1))  # no row is lost, and none is there twice
+    assert [m["step"] for m in rows(tmp_path / "stopped" / "metrics.jsonl")] == list(
+        range(1, state["step"] + 1)
+    )  # no row is lost, and none is there twice
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_run_of_one(tmp_path):
     start(tmp_path, "one", "--steps=3").communicate()
-    process = start(tmp_path, "two", "--steps=3", launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29507"))
+    process = start(
+        tmp_path,
+        "two",
+        "--steps=3",
+        launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29507"),
+    )
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
-    one, two = (load_file(tmp_path / name / "ckpt" / "step_000003" / "model.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "ckpt" / "step_000003" / "model.safetensors") for name in ("one", "two")
+    )
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-4)  # AdamW divides by small roots: rounding grows
+        torch.testing.assert_close(
+            one[name], two[name], rtol=0, atol=2e-4
+        )  # AdamW divides by small roots: rounding grows
     a, b = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert a[0]["reward"] == pytest.approx(b[0]["reward"], abs=1e-12) and a[0]["grad_norm"] == pytest.approx(b[0]["grad_norm"], rel=1e-5)
-    assert a[0]["completions/mean_length"] == b[0]["completions/mean_length"] and a[0]["num_tokens"] == b[0]["num_tokens"]
+    assert a[0]["reward"] == pytest.approx(b[0]["reward"], abs=1e-12) and a[0]["grad_norm"] == pytest.approx(
+        b[0]["grad_norm"], rel=1e-5
+    )
+    assert (
+        a[0]["completions/mean_length"] == b[0]["completions/mean_length"]
+        and a[0]["num_tokens"] == b[0]["num_tokens"]
+    )
 
 
 def one_step(run):
@@ -170,15 +261,29 @@ def one_step_gradients(tmp_path, **keys):
     run = train.Run(settings(tmp_path, **keys))
     seen = []
     step = run.optimizer.step
-    run.optimizer.step = lambda lr, max_norm: (seen.extend([g.clone() for g in run.optimizer.grads()] if not seen else []), step(lr, max_norm=max_norm))[1]
+    run.optimizer.step = lambda lr, max_norm: (
+        seen.extend([g.clone() for g in run.optimizer.grads()] if not seen else []),
+        step(lr, max_norm=max_norm),
+    )[1]
     one_step(run)
     return seen
 
 
 EVERYTHING = [
-    dict(), dict(beta=0.2, aggregate="sequence", entropy_coef=0.01), dict(objective="gspo", aggregate="group"), dict(lora_rank=4, beta=0.1, aggregate="constant"),
-    dict(beta=0.2, kl="full", top_p=0.9), dict(lora_rank=4, beta=0.2, kl="full", kl_times_ratio=True), dict(mask_truncated=True, aggregate="constant", beta=0.1),
-    dict(top_entropy=0.3), dict(mismatch_clip=2.0), dict(checkpointing="layers", lora_rank=4), dict(epochs=2, minibatches=2, mismatch_clip=2.0), dict(combine="normalize_then_sum"), dict(preset="dapo", **configs.PRESETS["dapo"])]
+    dict(),
+    dict(beta=0.2, aggregate="sequence", entropy_coef=0.01),
+    dict(objective="gspo", aggregate="group"),
+    dict(lora_rank=4, beta=0.1, aggregate="constant"),
+    dict(beta=0.2, kl="full", top_p=0.9),
+    dict(lora_rank=4, beta=0.2, kl="full", kl_times_ratio=True),
+    dict(mask_truncated=True, aggregate="constant", beta=0.1),
+    dict(top_entropy=0.3),
+    dict(mismatch_clip=2.0),
+    dict(checkpointing="layers", lora_rank=4),
+    dict(epochs=2, minibatches=2, mismatch_clip=2.0),
+    dict(combine="normalize_then_sum"),
+    dict(preset="dapo", **configs.PRESETS["dapo"]),
+]
 
 
 @pytest.mark.parametrize("keys", EVERYTHING, ids=str)
@@ -189,14 +294,20 @@ def test_gradient_does_not_depend_on_micro_batches(tmp_path, keys):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max() + 1e-9))
 
 
-@pytest.mark.parametrize("keys", [keys for keys in EVERYTHING if keys.get("objective") != "gspo" and keys.get("kl") != "full"], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [keys for keys in EVERYTHING if keys.get("objective") != "gspo" and keys.get("kl") != "full"],
+    ids=str,
+)
 def test_the_head_in_chunks_gives_the_gradient_of_the_whole_objective_at_once(tmp_path, monkeypatch, keys):
     def whole(hidden, weight, targets, objective, **options):
         logp, entropy = logprob_ref(hidden, weight, targets, **options)
         loss, sums = objective(logp, entropy, slice(None))
         return loss, logp, entropy, [sums]
 
-    monkeypatch.setattr(kernels.logprob, "CHUNK_BYTES", 4 * 20 * 7)  # rows of the batch are cut: 16 words and a few special ones
+    monkeypatch.setattr(
+        kernels.logprob, "CHUNK_BYTES", 4 * 20 * 7
+    )  # rows of the batch are cut: 16 words and a few special ones
     calls, chunked = [], one_step_gradients(tmp_path, micro_tokens=100000, **keys)
     monkeypatch.setattr(train, "policy_head", lambda *a, **k: calls.append(len(a[0])) or whole(*a, **k))
     for a, b in zip(one_step_gradients(tmp_path, micro_tokens=100000, **keys), chunked, strict=True):
@@ -205,14 +316,21 @@ def test_the_head_in_chunks_gives_the_gradient_of_the_whole_objective_at_once(tm
 
 
 def test_checkpointing_changes_no_bit_of_a_run(tmp_path):
-    runs = [train.Run(settings(tmp_path, lora_rank=4, lora_dropout=0.2, beta=0.1, checkpointing=how)) for how in ("none", "layers")]
+    runs = [
+        train.Run(settings(tmp_path, lora_rank=4, lora_dropout=0.2, beta=0.1, checkpointing=how))
+        for how in ("none", "layers")
+    ]
     for run in runs:
         one_step(run), one_step(run)
-    assert runs[1].model.checkpointing and all(torch.equal(p, q) for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters()))
+    assert runs[1].model.checkpointing and all(
+        torch.equal(p, q) for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters())
+    )
 
 
 def test_a_step_whose_groups_are_all_equal_leaves_every_weight_as_it_was(tmp_path):
-    cfg = settings(tmp_path, rewards=[(lambda completions, **_: [0.1] * len(completions), 1.0)], steps=2, force=True)
+    cfg = settings(
+        tmp_path, rewards=[(lambda completions, **_: [0.1] * len(completions), 1.0)], steps=2, force=True
+    )
     run = train.Run(cfg)
     before = [p.detach().clone() for p in run.model.parameters()]
     metrics = one_step(run)
@@ -230,7 +348,17 @@ def test_reference_is_the_start_also_where_training_starts_from_an_adapter(tmp_p
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
     save_policy(m, run.tokenizer, run.stop_ids, adapter, base=folder)
-    cfg = settings(tmp_path, scratch=None, model=folder, adapter=adapter, lora_rank=4, lora_alpha=8.0, beta=0.1, steps=2, save_every=1)
+    cfg = settings(
+        tmp_path,
+        scratch=None,
+        model=folder,
+        adapter=adapter,
+        lora_rank=4,
+        lora_alpha=8.0,
+        beta=0.1,
+        steps=2,
+        save_every=1,
+    )
     train.main(cfg)
     assert rows(Path(cfg.out_dir) / "metrics.jsonl")[0]["kl"] == pytest.approx(0.0, abs=1e-7)
     assert rows(Path(cfg.out_dir) / "metrics.jsonl")[1]["kl"] > 1e-6
@@ -270,7 +398,9 @@ def test_a_bad_reward_ends_in_one_sentence_and_loses_nothing(tmp_path, capsys, r
 
 def test_a_sampler_that_is_not_the_trainer_stops_the_run(tmp_path, capsys, monkeypatch):
     real = rollout.generate
-    monkeypatch.setattr(rollout, "generate", lambda *a, temperature, **k: real(*a, temperature=0.9 * temperature, **k))
+    monkeypatch.setattr(
+        rollout, "generate", lambda *a, temperature, **k: real(*a, temperature=0.9 * temperature, **k)
+    )
     for cut in (dict(), dict(top_p=0.9)):
         assert train.main(settings(tmp_path / str(cut), **cut)) == 1
         assert "do not compute the same model" in capsys.readouterr().out
@@ -282,19 +412,23 @@ def test_one_word_at_the_edge_of_the_kept_set_stops_no_run(tmp_path, monkeypatch
         out = real(*a, **k)
         out.logprobs[0][0] -= 0.03  # one word more in the sampler's set, of 3 %
         return out
+
     monkeypatch.setattr(rollout, "generate", edged)
     assert train.main(settings(tmp_path, steps=1, **cut)) == ends
 
 
-@pytest.mark.parametrize("keys, words", [
-    (dict(scratch=None, model="no/such/folder"), "no model folder"),
-    (dict(task="arithmetics"), "arithmetic"),
-    (dict(rewards=[("gsmk8", 1.0)]), "gsm8k"),
-    (dict(lora_rank=4, lora_targets=("wq",)), "lora targets"),
-    (dict(device="cuda"), "no GPU"),
-    (dict(alphabet="01"), "alphabet|character"),
-    (dict(scratch=SHAPE | dict(max_position_embeddings=4)), "context"),
-])
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(scratch=None, model="no/such/folder"), "no model folder"),
+        (dict(task="arithmetics"), "arithmetic"),
+        (dict(rewards=[("gsmk8", 1.0)]), "gsm8k"),
+        (dict(lora_rank=4, lora_targets=("wq",)), "lora targets"),
+        (dict(device="cuda"), "no GPU"),
+        (dict(alphabet="01"), "alphabet|character"),
+        (dict(scratch=SHAPE | dict(max_position_embeddings=4)), "context"),
+    ],
+)
 def test_bad_input_stops_with_a_sentence(tmp_path, keys, words):
     if keys.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -317,18 +451,34 @@ def test_out_dir_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_pa
 # ---------------------------------------------------------------------------------------- what FORMULAS adds to the loop
 def by_prompt(completions, prompts, **_):
     """Signal in some groups only: prompts whose first number is odd score the share of even digits, the others 1."""
-    return [sum(c in "02468" for c in text) / max(1, len(text)) if int(p.partition("+")[0]) % 2 else 1.0 for text, p in zip(completions, prompts)]
+    return [
+        sum(c in "02468" for c in text) / max(1, len(text)) if int(p.partition("+")[0]) % 2 else 1.0
+        for text, p in zip(completions, prompts)
+    ]
 
 
 def test_groups_without_signal_are_replaced_by_new_prompts_and_the_rest_stay(tmp_path):
-    plain, dynamic = (train.Run(settings(tmp_path, rewards=[(by_prompt, 1.0)], prompts_per_step=6, resample_zero_groups=on, resample_budget=12)) for on in (False, True))
+    plain, dynamic = (
+        train.Run(
+            settings(
+                tmp_path,
+                rewards=[(by_prompt, 1.0)],
+                prompts_per_step=6,
+                resample_zero_groups=on,
+                resample_budget=12,
+            )
+        )
+        for on in (False, True)
+    )
     seen = []
     for run in (plain, dynamic):
         written = {}
         write = train.learn
+
         def keep(run, batch, adv, timer, whole, written=written):
             written |= dict(prompts=[row["prompt"] for row in batch.rows], ids=list(batch.out.ids), adv=adv)
             return write(run, batch, adv, timer, whole)
+
         train.learn, restored = keep, train.learn
         try:
             seen.append((one_step(run), written))
@@ -344,7 +494,11 @@ def test_groups_without_signal_are_replaced_by_new_prompts_and_the_rest_stay(tmp
             assert first["ids"][4 * i : 4 * i + 4] == second["ids"][4 * i : 4 * i + 4]
     assert b["frac_tokens_with_advantage"] > a["frac_tokens_with_advantage"]
     # what is logged is of the prompts as drawn, so that the curve is that of the task and not of the filter
-    assert a["reward"] == b["reward"] and a["frac_reward_zero_std"] == b["frac_reward_zero_std"] and b["num_tokens"] > a["num_tokens"]
+    assert (
+        a["reward"] == b["reward"]
+        and a["frac_reward_zero_std"] == b["frac_reward_zero_std"]
+        and b["num_tokens"] > a["num_tokens"]
+    )
 
 
 def test_the_filter_looks_at_the_spread_and_not_at_the_mean():
@@ -358,7 +512,9 @@ def test_truncated_completions_leave_loss_and_divisor_when_they_are_masked(tmp_p
     run = train.Run(settings(tmp_path, mask_truncated=True, aggregate="constant"))
     norms, scored = [], []
     normaliser, policy_loss = losses.normaliser, losses.policy_loss
-    losses.normaliser = lambda lengths, **k: norms.append((list(lengths), normaliser(lengths, **k))) or norms[-1][1]
+    losses.normaliser = lambda lengths, **k: (
+        norms.append((list(lengths), normaliser(lengths, **k))) or norms[-1][1]
+    )
     losses.policy_loss = lambda logp, *a, **k: scored.append(len(logp)) or policy_loss(logp, *a, **k)
     try:
         m = one_step(run)
@@ -369,8 +525,16 @@ def test_truncated_completions_leave_loss_and_divisor_when_they_are_masked(tmp_p
     assert len(norms[0][0]) == stopped and norms[0][1] == stopped * 12 and sum(scored) <= sum(norms[0][0])
 
 
-@pytest.mark.parametrize("keys", [dict(epochs=2, minibatches=2, mismatch_clip=2.0), dict(beta=0.2, ref_sync_every=1, ref_mix=0.5), dict(resample_zero_groups=True, rewards=[(by_prompt, 1.0)]),
-                                  dict(top_entropy=0.3, beta=0.1, kl="full")], ids=["several updates", "moving reference", "dynamic sampling", "entropy mask, exact KL"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(epochs=2, minibatches=2, mismatch_clip=2.0),
+        dict(beta=0.2, ref_sync_every=1, ref_mix=0.5),
+        dict(resample_zero_groups=True, rewards=[(by_prompt, 1.0)]),
+        dict(top_entropy=0.3, beta=0.1, kl="full"),
+    ],
+    ids=["several updates", "moving reference", "dynamic sampling", "entropy mask, exact KL"],
+)
 def test_a_resumed_run_ends_with_the_same_bits_whatever_the_options(tmp_path, keys):
     test_a_resumed_run_ends_with_the_same_bits(tmp_path, keys)
 
@@ -379,26 +543,39 @@ def test_several_updates_clip_and_move_further_than_one(tmp_path):
     one, many = (train.Run(settings(tmp_path, epochs=epochs, minibatches=2)) for epochs in (1, 4))
     start = [p.detach().clone() for p in one.model.parameters()]
     a, b = one_step(one), one_step(many)
-    moved = lambda run: sum(float((p.detach() - s).norm() ** 2) for p, s in zip(run.model.parameters(), start)) ** 0.5
+    moved = lambda run: (
+        sum(float((p.detach() - s).norm() ** 2) for p, s in zip(run.model.parameters(), start)) ** 0.5
+    )
     assert moved(many) > 1.5 * moved(one)
     assert b["clip_ratio/region_mean"] > 0 and one.step == many.step == 1
-    assert b["sampling/sampling_logp_difference/max"] == a["sampling/sampling_logp_difference/max"] < 2e-5  # of the first update, where both have one set of weights
+    assert (
+        b["sampling/sampling_logp_difference/max"] == a["sampling/sampling_logp_difference/max"] < 2e-5
+    )  # of the first update, where both have one set of weights
 
 
 def test_weights_of_rewards_change_over_time_by_a_function_of_the_config(tmp_path):
     def later(step):
         return [1.0, 0.0] if step < 2 else [0.0, 1.0]
+
     run = train.Run(settings(tmp_path, rewards=[(even, 1.0), ("repetition", 1.0)], reward_weights=later))
     a, b = one_step(run), one_step(run)
-    assert a["reward"] == pytest.approx(a["rewards/even/mean"]) and b["reward"] == pytest.approx(b["rewards/repetition/mean"])
+    assert a["reward"] == pytest.approx(a["rewards/even/mean"]) and b["reward"] == pytest.approx(
+        b["rewards/repetition/mean"]
+    )
     run.step, run.cfg = 5, configs.Config(**{**vars(run.cfg), "reward_weights": lambda step: [1.0]})
     with pytest.raises(ValueError, match="1 weights at step 6 for 2 rewards"):
         one_step(run)
 
 
-@pytest.mark.parametrize("reward, keys, words", [
-    (lambda completions, **_: [0.0] * len(completions), dict(max_new_tokens=50), "take easier problems"), (lambda completions, **_: [0.0] * len(completions), dict(max_new_tokens=3), "raise max_new_tokens"), (lambda completions, **_: [1.0] * len(completions), {}, "take harder problems"),
-    (lambda completions, **_: [None] * len(completions), {}, "could not score one")])
+@pytest.mark.parametrize(
+    "reward, keys, words",
+    [
+        (lambda completions, **_: [0.0] * len(completions), dict(max_new_tokens=50), "take easier problems"),
+        (lambda completions, **_: [0.0] * len(completions), dict(max_new_tokens=3), "raise max_new_tokens"),
+        (lambda completions, **_: [1.0] * len(completions), {}, "take harder problems"),
+        (lambda completions, **_: [None] * len(completions), {}, "could not score one"),
+    ],
+)
 def test_a_first_batch_without_signal_stops_the_run_with_the_knob_to_turn(tmp_path, reward, keys, words):
     with pytest.raises(ValueError, match=words):
         train.main(settings(tmp_path, rewards=[(reward, 1.0)], **keys))
@@ -409,11 +586,13 @@ def test_a_step_torn_between_its_updates_is_not_saved(tmp_path):
     """With several updates a step, the weights of a failure between them are no step's: the last checkpoint stands."""
     cfg = settings(tmp_path, epochs=3, steps=4, save_every=1)
     gradients, calls = train.gradients, []
+
     def fail(*a, **k):
         calls.append(1)
         if len(calls) == 8:
             raise train.Stop("as if the loss were infinite")
         return gradients(*a, **k)
+
     train.gradients = fail
     try:
         with pytest.raises(train.Stop):
@@ -430,17 +609,23 @@ def test_rewards_of_finished_groups_are_computed_while_others_are_sampled_and_ch
         heard.append((len(completions), time.perf_counter()))
         time.sleep(0.02)
         return even(completions)
+
     ends = []
     generate = train.rollout.generate
     train.rollout.generate = lambda *a, **k: (out := generate(*a, **k), ends.append(time.perf_counter()))[0]
     try:
-        plain, overlapped = (train.Run(settings(tmp_path, rewards=[(slow, 1.0), ("length", 0.1)], slots=4, reward_overlap=on)) for on in (False, True))
+        plain, overlapped = (
+            train.Run(settings(tmp_path, rewards=[(slow, 1.0), ("length", 0.1)], slots=4, reward_overlap=on))
+            for on in (False, True)
+        )
         a, b = one_step(plain), one_step(overlapped)
     finally:
         train.rollout.generate = generate
     assert [n for n, _ in heard] == [16, 4, 4, 4, 4]
     assert heard[0][1] > ends[0] and heard[1][1] < ends[1]  # the first group's before the last row was drawn
-    assert {k: v for k, v in a.items() if "time" not in k and "second" not in k and "memory" not in k} == {k: v for k, v in b.items() if "time" not in k and "second" not in k and "memory" not in k}
+    assert {k: v for k, v in a.items() if "time" not in k and "second" not in k and "memory" not in k} == {
+        k: v for k, v in b.items() if "time" not in k and "second" not in k and "memory" not in k
+    }
     assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), overlapped.model.parameters()))
 
 
