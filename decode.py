@@ -215,7 +215,7 @@ class Slots:
         self.state = (self.token, self.own, self.prompt_length, self.limit, self.done, self.keys)
 
         self.stop = zeros(model.shape.V, dtype=torch.bool)  # whether an id ends a row
-        self.policy = zeros(3, dtype=torch.float32)  # temperature, top_p, min_p, where a graph reads them
+        self.policy = zeros(3, dtype=torch.float64)  # temperature, top_p, min_p, where a graph reads them
         self.number = zeros(1)  # of the step in its block
         # id, log-probability and entropy, in one tensor for one copy to the host; fp64 holds them all exactly
         self.drawn = zeros(3, block, slots, dtype=torch.float64)
@@ -392,9 +392,8 @@ def upload(x: list, device):
 def addresses(model):
     """What a recorded step knows of the weights: where they lie, and as what."""
     tensors = list(model.parameters())
-    for (
-        module
-    ) in model.modules():  # weights with the adapter added in (lora.py) are read instead of the base's
+    for module in model.modules():
+        # A weight with the adapter added in (lora.merge) is read instead of the base's.
         if getattr(module, "merged", None) is not None:
             tensors.append(module.merged)
     return [(t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors]

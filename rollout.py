@@ -298,10 +298,10 @@ class Sampler:
         numbers = self.slots.policy
         numbers.copy_(torch.tensor([self.temperature, self.top_p, self.min_p]))
         self.temperature = numbers[0]
-        if not sampling.on_triton(numbers):
+        if not sampling.on_triton(numbers.float()):  # torch's truncation asks what its options are
             return self.greedy, self.top_k, self.top_p, self.min_p, self.wants_entropy
         static = (self.greedy, self.top_k, self.top_p < 1, self.min_p > 0, self.wants_entropy)
-        # without a cut the kernel is another one, which has to be known when it is launched
+        # without a cut other kernels run, which has to be known when they are launched
         if self.top_p < 1:
             self.top_p = numbers[1]
         if self.min_p > 0:
