@@ -319,7 +319,10 @@ def update(run, step, batch, groups, first: bool):
         check_mismatch(run, step, stats)
     with step.timer("train"):
         ranks.sum_over_ranks(run.optimizer.grads())
-        grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
+        try:
+            grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
+        except FloatingPointError as e:
+            raise Stop(str(e), save=first) from e
         run.optimizer.zero_grad()
         run.weights_changed()
     return stats, grad_norm
