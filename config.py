@@ -31,9 +31,7 @@ class Config:
     # -- model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # checkpoint folder, or hub id
     adapter: str = ""  # PEFT adapter folder to start from; "" starts from a fresh adapter
-    scratch: dict | None = (
-        None  # instead of `model`: sizes, as in a config.json, of a model of random weights
-    )
+    scratch: dict | None = None  # instead of `model`: sizes, as in a config.json, of random weights
     alphabet: str = ""  # the characters a scratch model's tokenizer knows
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
     device: str = "auto"  # cpu | cuda | cuda:1; auto: the GPU if there is one

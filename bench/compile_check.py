@@ -228,7 +228,6 @@ def launches(arch, only):
 
 def main(arch="90,80", only=""):
     switch.MODE = "triton"  # switch.use refuses Triton where there is no GPU, rightly
-    flash.MODE = sample.MODE = "triton"  # for as long as these files keep a MODE of their own
     count = bad = 0
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     print(f"{'kernel':22}{'case':42}{'sm':>4}{'regs':>6}{'spilled':>9}{'shared':>9}  dots")

@@ -11,7 +11,8 @@ of keys, wherever they lie (after FlashAttention, arXiv:2205.14135):
 In training and prefill both runs lie in the stream itself. In decoding (n = 1) the prompt's run lies in the
 cache of prompts, read by all rows of the group, and the own run in the row's slot. The R query heads of a
 key head lie under each other as rows of one product. So a key is read once for all of them, and a decoding
-step of 7 heads fills 7 of the 16 rows of a tensor core instead of 1.
+step of 7 heads fills 7 of the 16 rows of a tensor core instead of 1. Where rows are few and contexts may be
+long, a row's keys are shared out to several programs, and _combine_kernel joins what they found.
 
     S = Q K^T / sqrt(E)   P = exp(S - lse)   O = P V        D = rowsum(dO * O)
     dV = P^T dO           dP = dO V^T        dS = P * (dP - D)
@@ -28,6 +29,8 @@ Operations: 4 E a pair of query and visible key forward, 10 E backward (14 with 
 Bytes forward: q and out once, and the keys once a tile of BM / R queries, mostly from L2.
 The parts: 8 BN E K bytes each, written once and read once. At 14/2 heads x 64, 12 groups of 16 x 250 tokens
 behind prompts of 128 have 180 parts of 24 tiles, 12 MB in all, where dk and dv have 25.
+Bytes of a decoding step: each key and value that a row of the batch sees, once from memory; of a split row,
+besides, 8 (E + 1) bytes a split and query head: 3 % of the keys' at 256 keys a split, 7 heads a key head.
 Loses to torch's own flash attention where nothing is shared and all lengths are equal.
 
 Dims: T tokens of the stream, H query heads, K key/value heads, R = H / K, E head width (BE: to a power of
@@ -36,40 +39,37 @@ two); BM rows (query, head) and BN keys of a tile.
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it and do not need it
-    from types import SimpleNamespace
+from kernels.switch import on_triton, tl, triton  # noqa: F401 (callers ask flash_attention.on_triton)
 
-    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
-
-MODE = "auto"  # set by kernels.use(): "auto" Triton on CUDA tensors, "triton" always, "torch" never
 LOG2E = 1.4426950408889634
 
 # Tile sizes and launch options, by kind of device and head width. BM: rows of a tile in the forward and in
-# dq, which share a table. The rest are arguments of one kernel each. Chosen by registers; not yet timed.
+# dq, which share a table. The rest are arguments of one kernel each. On an H100, 4 groups of 16 x (128 +
+# 384) tokens, bf16: dkv at 14/2 heads x 64 takes 0.22 ms with 4 warps and 3 stages, 0.48 with 8 and 2; at
+# 12/2 x 128 0.30 with 32 rows, 4 warps and 3 stages, 0.79 with 8 and 2. Decoding at 256 rows of 256 + 256
+# keys lies within 6 % of the best of 36 settings. Forward and dq, and what is older than Hopper, are chosen
+# by registers.
 SIZES = {
     "fp32": dict(  # no tensor cores: for exactness
         BM=32,
         forward=dict(BN=32, num_warps=4, num_stages=2),
         dq=dict(BN=32, num_warps=4, num_stages=2),
-        dkv=dict(BM=16, BN=32, num_warps=4, num_stages=2),
-        decode=dict(BN=32, num_warps=4, num_stages=3),
+        dkv=dict(BM=16, BN=32, num_warps=4, num_stages=1),
+        decode=dict(BN=32, num_warps=2, num_stages=3),
     ),
     "hopper": dict(  # wgmma reads its factors from shared memory; before it they take registers
         BM=128,
         forward=dict(BN=64, num_warps=8, num_stages=2),
         dq=dict(BN=64, num_warps=8, num_stages=2),
-        dkv=dict(BM=64, BN=64, num_warps=8, num_stages=2),
+        dkv=dict(BM=64, BN=64, num_warps=4, num_stages=3),
         decode=dict(BN=64, num_warps=4, num_stages=3),
     ),
     "hopper, wide": dict(  # E above 64
         BM=128,
         forward=dict(BN=64, num_warps=8, num_stages=2),
         dq=dict(BN=64, num_warps=8, num_stages=2),
-        dkv=dict(BM=32, BN=64, num_warps=8, num_stages=2),
-        decode=dict(BN=64, num_warps=4, num_stages=3),
+        dkv=dict(BM=32, BN=64, num_warps=4, num_stages=3),
+        decode=dict(BN=32, num_warps=2, num_stages=3),
     ),
     "older": dict(
         BM=64,
@@ -87,9 +87,11 @@ PART_ROWS = 4096
 # In a large batch longer parts fill the GPU as well: four programs an SM of an H100, for each key head.
 PROGRAMS = 512
 
-
-def on_triton(x) -> bool:
-    return (MODE == "triton" or MODE == "auto" and x.is_cuda) and x.dtype != torch.float64
+# A decoding step with fewer programs (row, key head) than this leaves SMs of an H100 idle. Then the keys of a
+# row are split, so that there are up to twice as many, each with 256 keys to walk if the cache is full.
+FULL = 128
+KEYS_A_SPLIT = 256
+MOST_SPLITS = 64  # one program joins the splits of a row, in registers
 
 
 def capability(device) -> int:
@@ -221,15 +223,37 @@ def flash_decode(q, prompt_k, prompt_v, own_k, own_v, table):
     K = own_k.shape[1]
     R = H // K
     size = tile(E, q.dtype, q.device)["decode"]
-    q = q.contiguous()
+    if (
+        q.stride(2) != 1 or q.stride(1) != E
+    ):  # rows may be apart, as in a part of the rotated queries and keys
+        q = q.contiguous()
     out = torch.empty(n, H, E, dtype=q.dtype, device=q.device)
-    tensors = (q, prompt_k, prompt_v, own_k, own_v, out, None, table)
+    splits = key_splits(n * K, prompt_k.shape[2] + own_k.shape[2])
+    parts, lse = out, None
+    if splits > 1:
+        parts = torch.empty(n, H, splits, E, device=q.device)
+        lse = torch.empty(n, H, splits, device=q.device)
+    tensors = (q, prompt_k, prompt_v, own_k, own_v, parts, lse, table)
     prompt_strides = (E, E, prompt_k.stride(1))  # from key to key, from value to value, from head to head
     own_strides = (E, E, own_k.stride(1))
     numbers = (LOG2E * E**-0.5, q.stride(0), *prompt_strides, *own_strides)
-    widths = dict(R=R, E=E, BE=padded(E), BM=max(16, triton.next_power_of_2(R)))
-    _forward_kernel[(n, K)](*tensors, *numbers, **widths, **size)
+    widths = dict(SPLIT=splits > 1, R=R, E=E, BE=padded(E), BM=max(16, triton.next_power_of_2(R)))
+    _forward_kernel[(n, K, splits)](*tensors, *numbers, **widths, **size)
+    if splits > 1:
+        BS = triton.next_power_of_2(splits)
+        _combine_kernel[(n, H)](parts, lse, out, splits, E=E, BE=padded(E), BS=BS)
     return out
+
+
+def key_splits(programs: int, capacity: int) -> int:
+    """How many programs share the keys of a row, where there are `programs` pairs of row and key head.
+
+    capacity: keys of a row when the cache is full. What a row has now is on the device and is not asked for:
+    a recorded step has to stay valid while rows grow.
+    """
+    if programs >= FULL:
+        return 1
+    return max(1, min(2 * FULL // programs, capacity // KEYS_A_SPLIT, MOST_SPLITS))
 
 
 class _Flash(torch.autograd.Function):
@@ -242,7 +266,7 @@ class _Flash(torch.autograd.Function):
         tensors = (q, k, v, k, v, out, lse, tiles.queries)  # prompt and own keys: both are the stream's
         strides = (k.stride(0), v.stride(0), E)
         numbers = (LOG2E * E**-0.5, q.stride(0), *strides, *strides)
-        widths = dict(R=R, E=E, BE=padded(E), BM=size["BM"])
+        widths = dict(SPLIT=False, R=R, E=E, BE=padded(E), BM=size["BM"])
         _forward_kernel[(len(tiles.queries), H // R)](*tensors, *numbers, **widths, **size["forward"])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tiles = tiles
@@ -279,15 +303,15 @@ class _Flash(torch.autograd.Function):
 def _scan(
     q,  # (BM, BE)
     m, s, acc,  # running maximum (BM,), sum of the weights (BM,) and of the weighted values (BM, BE)
-    k, v, k_token, v_token, length,
+    k, v, k_token, v_token, begin, end,
     last,  # (BM,)
     scale, CAUSAL: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys 0 .. length - 1 of a run into m, s, acc. CAUSAL: a row sees keys up to `last` only."""
+    """Folds keys begin .. end - 1 of a run into m, s, acc. CAUSAL: a row sees keys up to `last` only."""
     e = tl.arange(0, BE)
-    for start in range(0, length, BN):
+    for start in range(begin, end, BN):
         j = start + tl.arange(0, BN)
-        real = j < length
+        real = j < end
         k_mask = real[None, :] & (e < E)[:, None]
         k_tile = tl.load(k + j[None, :] * k_token + e[:, None], mask=k_mask, other=0.0)
         x = tl.dot(q, k_tile, input_precision="ieee") * scale
@@ -295,7 +319,7 @@ def _scan(
             x = tl.where(j[None, :] <= last[:, None], x, float("-inf"))
         else:
             x = tl.where(real[None, :], x, float("-inf"))
-        m_new = tl.maximum(m, tl.max(x, 1))  # finite: every row sees the first key of a run
+        m_new = tl.maximum(m, tl.max(x, 1))  # finite: every row sees the first of the keys
         p = tl.exp2(x - m_new[:, None])
         shrink = tl.exp2(m - m_new)  # 0 at the first tile, where m is -inf
         v_mask = real[:, None] & (e < E)[None, :]
@@ -313,9 +337,13 @@ def _forward_kernel(
     table,
     scale,  # log2(e) / sqrt(E)
     q_token, pk_token, pv_token, p_head, ok_token, ov_token, o_head,
+    SPLIT: tl.constexpr,
     R: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, key head). Row r of a tile is query r // R and head r % R of those of the key head."""
+    """Program (tile, key head, split). Row r of a tile is query r // R and head r % R of the key head's.
+
+    The result of a split goes to out (queries, H, splits, E) and lse (queries, H, splits).
+    """
     table += tl.program_id(0) * 6
     start = tl.load(table)
     n = tl.load(table + 1)
@@ -335,22 +363,61 @@ def _forward_kernel(
     m = tl.full((BM,), float("-inf"), tl.float32)
     s = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BE), tl.float32)
+
+    # The keys that this program walks: all of the prompt's and the own, or a split's share of them.
+    p_begin, o_begin = 0, 0
+    p_end = p_length.to(tl.int32)
+    o_end = (first + n).to(tl.int32)
+    last = first.to(tl.int32) + i
+    split = tl.program_id(2)
+    splits = tl.num_programs(2)
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(p_end + o_end, splits), BN) * BN
+        begin = split * share  # counted through the prompt's keys and the own
+        o_begin = tl.maximum(begin - p_end, 0)
+        o_end = tl.minimum(begin + share - p_end, o_end)
+        p_begin = tl.minimum(begin, p_end)
+        p_end = tl.minimum(begin + share, p_end)
+        last = tl.minimum(last, o_end - 1)
     pk = prompt_k + p_start * pk_token + kv * p_head
     pv = prompt_v + p_start * pv_token + kv * p_head
-    n_prompt = p_length.to(tl.int32)
-    m, s, acc = _scan(q_tile, m, s, acc, pk, pv, pk_token, pv_token, n_prompt, r, scale, False, E, BE, BN)
+    m, s, acc = _scan(
+        q_tile, m, s, acc, pk, pv, pk_token, pv_token, p_begin, p_end, r, scale, False, E, BE, BN
+    )
     ok = own_k + o_start * ok_token + kv * o_head
     ov = own_v + o_start * ov_token + kv * o_head
-    n_own = (first + n).to(tl.int32)
-    last = first.to(tl.int32) + i
-    m, s, acc = _scan(q_tile, m, s, acc, ok, ov, ok_token, ov_token, n_own, last, scale, True, E, BE, BN)
+    m, s, acc = _scan(
+        q_tile, m, s, acc, ok, ov, ok_token, ov_token, o_begin, o_end, last, scale, True, E, BE, BN
+    )
 
     H = tl.num_programs(1) * R
     rows = (start + i) * H + head
-    y = acc / s[:, None]
+    if SPLIT:
+        rows = rows * splits + split
+    y = acc / s[:, None]  # NaN, and lse -inf, where a split has no keys
     tl.store(out + rows[:, None] * E + e[None, :], y.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
         tl.store(lse + rows, m + tl.log2(s), mask=i < n)  # of base 2, as the scores are
+
+
+@triton.jit
+def _combine_kernel(
+    parts,  # (n, H, splits, E)
+    lse,  # (n, H, splits)
+    out, splits, E: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Program (row, query head): the mean of the splits' outputs, each weighted by its sum of exp(score)."""
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    e = tl.arange(0, BE)
+    split = tl.arange(0, BS)
+    mask = (split < splits)[:, None] & (e < E)[None, :]
+    place = row * splits + split
+    lse_tile = tl.load(lse + place, mask=split < splits, other=float("-inf"))
+    y = tl.load(parts + place[:, None] * E + e[None, :], mask=mask, other=0.0)
+    y = tl.where((lse_tile == float("-inf"))[:, None], 0.0, y)
+    weights = tl.exp2(lse_tile - tl.max(lse_tile, 0))
+    y = tl.sum(y * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(out + row * E + e, y.to(out.dtype.element_ty), mask=e < E)
 
 
 @triton.jit

@@ -41,14 +41,14 @@ def rotate(x, cos, sin):
 def store_keys(k, v, cache_k, cache_v, places):
     """k[i], v[i] (K, E) of row i go to cache[slot i, :, places[i]].
 
-    k, v (n, K, E); caches (slots, K, C, E) contiguous; places (n,) int64.
+    k, v (n, K, E); caches (slots, K, C, E) contiguous; places (n,) int64, also a column of a table.
     """
     n, K, E = k.shape
     C = cache_k.shape[2]
     if on_triton(k):
         k, v = heads_together(k), heads_together(v)
         BLOCK = triton.next_power_of_2(E)
-        strides = k.stride(0), v.stride(0)
+        strides = k.stride(0), v.stride(0), places.stride(0)
         _store_kernel[(n, K)](k, v, cache_k, cache_v, places, *strides, K, C, E, BLOCK=BLOCK, num_warps=1)
     else:
         slots = torch.arange(n, device=k.device)
@@ -106,12 +106,12 @@ def _rotate_kernel(
 
 
 @triton.jit
-def _store_kernel(k, v, cache_k, cache_v, places, k_token, v_token, K, C, E, BLOCK: tl.constexpr):
+def _store_kernel(k, v, cache_k, cache_v, places, k_token, v_token, place_row, K, C, E, BLOCK: tl.constexpr):
     """One program for a row and a head."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     e = tl.arange(0, BLOCK)
-    to = ((row * K + head) * C + tl.load(places + row)) * E + e
+    to = ((row * K + head) * C + tl.load(places + row * place_row)) * E + e
     key = tl.load(k + row * k_token + head * E + e, mask=e < E)
     tl.store(cache_k + to, key, mask=e < E)
     value = tl.load(v + row * v_token + head * E + e, mask=e < E)

@@ -34,18 +34,11 @@ import math
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it and do not need it
-    from types import SimpleNamespace
+from kernels import switch
+from kernels.switch import tl, triton
 
-    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
-
-MODE = "auto"  # set by kernels.use(): "auto" Triton on CUDA tensors, "triton" always, "torch" never
-BLOCK = (
-    128  # near the square root of V, and it divides 49,152 and 151,936: no padding for the real vocabularies
-)
+# Near the square root of V, and it divides 49,152 and 151,936: no padding for the real vocabularies.
+BLOCK = 128
 WORD, LONG = 0xFFFFFFFF, (1 << 64) - 1
 
 
@@ -168,8 +161,7 @@ def entropy(logits):
 
 # ------------------------------------------------------------------------------------------- on a GPU
 def on_triton(x) -> bool:
-    wanted = MODE == "triton" or (MODE == "auto" and x.is_cuda)
-    return wanted and x.dtype == torch.float32
+    return switch.on_triton(x, dtypes=(torch.float32,))
 
 
 def sample_ref(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -266,7 +258,7 @@ def truncation(logits, temperature, top_k, top_p, min_p):
 @triton.jit
 def _number(x):
     """A number that the host gave, or that lies on the device."""
-    x = tl.to_tensor(x)
+    x = tl.core.to_tensor(x)
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x.to(tl.float32)

@@ -351,9 +351,8 @@ def test_a_recorded_step_is_the_step(tiny, recorded, policy):
     assert len(recorded) == len(set(recorded)) > 1, "a step of some size was recorded twice"
 
 
-def test_a_temperature_that_changes_records_nothing_new(tiny, recorded, monkeypatch):
+def test_a_temperature_that_changes_records_nothing_new(tiny, recorded):
     """With a schedule each step has a temperature of its own."""
-    monkeypatch.setattr(rollout, "POLICY_ON_DEVICE", True)
     sampler, counts = Sampler(tiny, slots=5, block=4), []
     for temperature in (1.0, 0.9, 0.6):
         ref = generate(tiny, PROMPTS, cuda_graphs=False, temperature=temperature, **OPTIONS)

@@ -147,10 +147,10 @@ def test_the_order_of_parts_is_fixed(monkeypatch):
     """The same bits every time, where parts are added by another kernel."""
     monkeypatch.setattr(flash, "PART_ROWS", 50)
     monkeypatch.setattr(flash, "PROGRAMS", 10**6)
-    segments, T = table([(30, [40, 9])])
+    segments, T = table([(9, [40])])
     inputs = [randn(T, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
     tiles = flash.Tiles(segments, 2, E=8, dtype=torch.float32, device=DEVICE)
-    assert tiles.parts > 3
+    assert tiles.parts > 1
     grads = []
     for _ in range(2):
         loss = flash.flash_attention(*inputs, tiles).square().sum()
@@ -259,3 +259,36 @@ def test_decoding_reads_the_cache(dtype):
         values = torch.cat([prompt_v[g, :, : lengths[g]], own_v[i, :, :seen]], 1).double()
         scores = torch.einsum("krd,ktd->krt", q[i].double().view(K, H // K, E), keys) / E**0.5
         near(out[i], torch.einsum("krt,ktd->krd", scores.softmax(-1), values).reshape(H, E), dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("H, E", [(6, 16), (2, 24)])
+def test_keys_of_a_row_are_split(monkeypatch, H, E, dtype):
+    """Splits that end in the prompt and among the own keys, and rows so short that most splits are empty."""
+    monkeypatch.setattr(flash, "KEYS_A_SPLIT", 32)
+    args = cache(H, 2, E, 70, 154, [0, 0, 1], [70, 1], [90, 0, 153], dtype)
+    assert flash.key_splits(3 * 2, 70 + 154) == 7
+    out = flash.flash_decode(*args)
+    near(out, in_fp64(*args), dtype)
+    assert torch.equal(out, flash.flash_decode(*args))
+    monkeypatch.setattr(flash, "FULL", 0)
+    whole = flash.flash_decode(*args)
+    near(out, whole, dtype)
+
+
+def test_only_few_rows_and_long_contexts_are_split():
+    assert flash.key_splits(2, 16_384) == 64  # one row of 2 key heads
+    assert flash.key_splits(32, 8192) == 8
+    assert flash.key_splits(96, 8192) == 2
+    assert flash.key_splits(128, 100_000) == 1  # 64 rows of 2 key heads fill the GPU
+    assert flash.key_splits(2, 511) == 1
+    assert flash.key_splits(1, 10**6) == 64
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("H, K, E", [(14, 2, 64), (28, 4, 128)])
+def test_long_contexts_of_real_models(H, K, E):
+    args = cache(H, K, E, 3000, 5000, [0, 1, 1], [3000, 17], [4999, 0, 1234], torch.bfloat16)
+    assert flash.key_splits(3 * K, 8000) > 8
+    near(flash.flash_decode(*args), in_fp64(*args), torch.bfloat16)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings
 
 import kernels
 import kernels.flash_attention as A
@@ -90,7 +89,9 @@ def leaf(x, dtype=None):
 
 # ---------------------------------------------------------------------------------------------- logprob
 def rows_by_hand(z, y, dlogp, dentropy, scale):
-    """logp, lse, entropy and the gradient by the logits of dlogp . logp + dentropy . entropy: fp64 autograd."""
+    """logp, lse, entropy and the gradient by the logits of dlogp . logp + dentropy . entropy: fp64
+    autograd.
+    """
     z = leaf(z, torch.float64)
     q = (z * scale).log_softmax(-1)
     logp = q.gather(1, y[:, None])[:, 0]
@@ -408,7 +409,7 @@ def test_a_mode_that_does_not_exist_is_refused(mode, words):
 def test_one_switch_reaches_every_kernel_file():
     """A file with a mode of its own that kernels.use does not know would stay on its own."""
     own = {p.stem for p in (ROOT / "kernels").glob("*.py") if "\nMODE = " in p.read_text()}
-    assert own - {"flash_attention", "sample"} == {"switch"}  # kernels.use sets these two's as well
+    assert own == {"switch"}
     files, x = (A, D, K, L, N, P, S, U), torch.zeros(1, device=DEVICE)
     assert all(file.on_triton(x) for file in files)
     assert not any(file.on_triton(x.double()) for file in files)
@@ -475,7 +476,9 @@ def test_model_forward_and_backward_equal_torch(tiny):
 
 @pytest.mark.parametrize("options", [dict(), dict(top_k=30, top_p=0.95)], ids=str)
 def test_training_step_equals_torch(tiny, options):
-    """Sampling, reference, loss with KL and entropy, backward, update: all through Triton, all through torch."""
+    """Sampling, reference, loss with KL and entropy, backward, update: all through Triton, all through
+    torch.
+    """
     start, ends = [p.detach().clone() for p in tiny.parameters()], []
     adv = torch.tensor([1.0, -1.0, 0.5, -0.5], device=DEVICE)
     for mode in ("triton", "torch"):
@@ -514,6 +517,20 @@ def test_lora_step_equals_torch(tiny):
     assert len(ours) == len(ref) > 15
     for a, b in zip(ours, ref):
         near(a, b, torch.float32)
+
+
+def test_keys_go_to_places_that_are_a_column_of_a_table():
+    """Places read as if they lay side by side sent a decoding step's keys to other rows' places on a GPU."""
+    n, K, C, E = 5, 2, 7, 16
+    k, v = randn(n, K, E), randn(n, K, E, seed=1)
+    table = torch.randint(0, C, (n, 6), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    kernels.use("triton")
+    ours = torch.zeros(2, n, K, C, E, device=DEVICE)
+    P.store_keys(k, v, *ours, table[:, 2])
+    kernels.use("torch")
+    ref = torch.zeros(2, n, K, C, E, device=DEVICE)
+    P.store_keys(k, v, *ref, table[:, 2].clone())
+    assert torch.equal(ours, ref)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(temperature=0), dict(top_k=20, top_p=0.9)], ids=str)
