@@ -343,7 +343,10 @@ def update(run, step, batch, groups, first: bool):
     with step.timer("train"):
         # A sum and not a mean: the divisor is that of all ranks already.
         ranks.sum_over_ranks(run.optimizer.grads())
-        grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
+        try:
+            grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
+        except FloatingPointError as e:
+            raise Stop(str(e), save=first) from e
         run.optimizer.zero_grad()
         run.weights_changed()
     return stats, grad_norm

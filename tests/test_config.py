@@ -1,4 +1,5 @@
 """Config files and flags: what is taken, and the sentence for what is not."""
+
 import pytest
 
 import config as configs
@@ -19,7 +20,10 @@ def test_file_sets_keys_and_flags_win(tmp_path):
 
 
 def test_file_may_define_rewards_and_helpers_of_its_own(tmp_path):
-    path = write(tmp_path, "import math\n_half = 0.5\ndef mine(completions, **_):\n    return [_half] * len(completions)\nrewards = [(mine, 1.0)]\n")
+    path = write(
+        tmp_path,
+        "import math\n_half = 0.5\ndef mine(completions, **_):\n    return [_half] * len(completions)\nrewards = [(mine, 1.0)]\n",
+    )
     function, weight = configs.load([path]).rewards[0]
     assert function(completions=["a", "b"]) == [0.5, 0.5] and weight == 1.0
 
@@ -29,29 +33,32 @@ def test_file_is_run_in_a_namespace_of_its_own(tmp_path):
     assert configs.read is not None and configs.FIELDS and not hasattr(configs, "_FIELDS")
 
 
-@pytest.mark.parametrize("text, flags, words", [
-    ("learning_rat = 1\n", [], "unknown key 'learning_rat'"),
-    ("group_sise = 4\n", [], "did you mean 'group_size'"),
-    ("", ["--prompts_per_stepp=2"], "did you mean 'prompts_per_step'"),
-    ("steps = 1.5\n", [], "int is wanted"),
-    ("steps = '3'\n", [], "int is wanted"),
-    ("lr = True\n", [], "float is wanted"),
-    ("", ["--steps=many"], "int is wanted"),
-    ("", ["--steps"], "write --steps=VALUE"),
-    ("", ["more.py"], "one config file too many"),
-    ("objective = 'ppo'\n", [], "'clip'"),
-    ("group_size = 1\n", [], "group_size = 1"),
-    ("group_size = 0\n", [], "too small"),
-    ("temperature = 0\n", [], "nothing could be learnt"),
-    ("preset = 'ppo'\n", [], "'dr_grpo'"),
-    ("top_entropy = 0.0\n", [], "above 0 and at most 1"),
-    ("mismatch_clip = 0\n", [], "2 is usual"),
-    ("ref_sync_every, beta = 5, 0.1\n", [], "lora_rank = 0"),
-    ("ref_sync_every, lora_rank, beta = 5, 0, 0\n", [], "beta > 0"),
-    ("prompts_per_step, minibatches = 8, 3\n", [], "3 minibatches"),
-    ("combine, advantage = 'normalize_then_sum', 'rloo'\n", [], "leave that at 'group'"),
-    ("reward_weights = [1.0]\n", [], "function"),
-])
+@pytest.mark.parametrize(
+    "text, flags, words",
+    [
+        ("learning_rat = 1\n", [], "unknown key 'learning_rat'"),
+        ("group_sise = 4\n", [], "did you mean 'group_size'"),
+        ("", ["--prompts_per_stepp=2"], "did you mean 'prompts_per_step'"),
+        ("steps = 1.5\n", [], "int is wanted"),
+        ("steps = '3'\n", [], "int is wanted"),
+        ("lr = True\n", [], "float is wanted"),
+        ("", ["--steps=many"], "int is wanted"),
+        ("", ["--steps"], "write --steps=VALUE"),
+        ("", ["more.py"], "one config file too many"),
+        ("objective = 'ppo'\n", [], "'clip'"),
+        ("group_size = 1\n", [], "group_size = 1"),
+        ("group_size = 0\n", [], "too small"),
+        ("temperature = 0\n", [], "nothing could be learnt"),
+        ("preset = 'ppo'\n", [], "'dr_grpo'"),
+        ("top_entropy = 0.0\n", [], "above 0 and at most 1"),
+        ("mismatch_clip = 0\n", [], "2 is usual"),
+        ("ref_sync_every, beta = 5, 0.1\n", [], "lora_rank = 0"),
+        ("ref_sync_every, lora_rank, beta = 5, 0, 0\n", [], "beta > 0"),
+        ("prompts_per_step, minibatches = 8, 3\n", [], "3 minibatches"),
+        ("combine, advantage = 'normalize_then_sum', 'rloo'\n", [], "leave that at 'group'"),
+        ("reward_weights = [1.0]\n", [], "function"),
+    ],
+)
 def test_mistakes_stop_with_what_to_type_instead(tmp_path, text, flags, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         configs.load([write(tmp_path, text), *flags])
@@ -74,7 +81,11 @@ def test_a_model_given_by_hand_replaces_random_weights(tmp_path):
 def test_every_key_has_a_comment_or_speaks_for_itself():
     import inspect
 
-    lines = [x for x in inspect.getsource(configs.Config).splitlines() if x.startswith("    ") and ":" in x and "=" in x and not x.strip().startswith("#")]
+    lines = [
+        x
+        for x in inspect.getsource(configs.Config).splitlines()
+        if x.startswith("    ") and ":" in x and "=" in x and not x.strip().startswith("#")
+    ]
     assert len(lines) >= len(configs.FIELDS)
     assert sum("#" in x for x in lines) >= 0.7 * len(configs.FIELDS)
 
@@ -101,4 +112,6 @@ def test_keys_beside_a_preset_win_and_the_command_line_wins_over_the_file(tmp_pa
 
 
 def test_weights_over_time_are_a_function_of_the_file(tmp_path):
-    assert configs.load([write(tmp_path, "def reward_weights(step):\n    return [1.0 / step]\n")]).reward_weights(4) == [0.25]
+    assert configs.load(
+        [write(tmp_path, "def reward_weights(step):\n    return [1.0 / step]\n")]
+    ).reward_weights(4) == [0.25]

@@ -3,6 +3,7 @@
 There, reading a value back raises (on a GPU: the host waits, and a CUDA graph cannot be recorded), and so does an operation on tensors of two
 devices. Triton's kernels are launched and do nothing. So whatever passes here neither waits for the device nor mixes it with the host.
 """
+
 import pytest
 import torch
 
@@ -17,7 +18,11 @@ from conftest import TINY
 from kernels.policy_head import policy_head
 from kernels.sample import greedy, sample
 
-META, PROMPTS, GROUPS = torch.device("meta"), [[1, 2, 3], [4, 5]], [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]]]
+META, PROMPTS, GROUPS = (
+    torch.device("meta"),
+    [[1, 2, 3], [4, 5]],
+    [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]]],
+)
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -28,11 +33,13 @@ def launched(request, monkeypatch):
         pytest.importorskip("triton")
         import kernels.flash_attention as flash
         import kernels.rms_norm as norm
+
         monkeypatch.setattr(flash, "capability", lambda device: 90)
 
         def launch(self, *args, grid, warmup, **options):
             assert all(a.device == META for a in args if isinstance(a, torch.Tensor)), self
             names.append(self.__name__)
+
         monkeypatch.setattr(type(norm._norm_kernel), "run", launch)
     kernels.use(request.param)
     yield names
@@ -43,7 +50,17 @@ def on_meta(rank=0):
     with META:
         net = models.Transformer(dict(TINY, model_type="qwen3", vocab_size=1000, head_dim=16))
     net = net.to(torch.bfloat16)
-    return lora.apply(net, rank=rank, alpha=8, dropout=0.1, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]) if rank else net
+    return (
+        lora.apply(
+            net,
+            rank=rank,
+            alpha=8,
+            dropout=0.1,
+            targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        )
+        if rank
+        else net
+    )
 
 
 def numbers(*x):
@@ -61,12 +78,28 @@ def test_an_update_waits_for_the_gradient_norm_only(launched, monkeypatch, rank,
     adv, lengths = torch.ones(4, device=META), numbers(3, 1, 2, 4)
 
     def objective(logp, entropy, at, exact_kl=None):
-        return losses.policy_loss(logp, ref_logp[at], adv, rows[at], ref_logp=ref_logp[at], entropy=entropy, exact_kl=exact_kl, beta=0.1, kl=kl, entropy_coef=0.01,
-                                  aggregate="sequence", norm=4.0, lengths=lengths)
+        return losses.policy_loss(
+            logp,
+            ref_logp[at],
+            adv,
+            rows[at],
+            ref_logp=ref_logp[at],
+            entropy=entropy,
+            exact_kl=exact_kl,
+            beta=0.1,
+            kl=kl,
+            entropy_coef=0.01,
+            aggregate="sequence",
+            norm=4.0,
+            lengths=lengths,
+        )
+
     if kl == "k3":
         loss = policy_head(hidden, net.head, packed.targets, objective, temperature=0.9)[0]
     else:
-        logp, entropy, exact_kl = net.scores(hidden, packed.targets, (hidden.detach(), net.head.detach()), temperature=0.9)
+        logp, entropy, exact_kl = net.scores(
+            hidden, packed.targets, (hidden.detach(), net.head.detach()), temperature=0.9
+        )
         loss, _ = objective(logp, entropy, slice(None), exact_kl)
     loss.backward()
     assert all(p.grad.device == META for p in net.parameters() if p.requires_grad)
@@ -84,12 +117,21 @@ def test_prefill_and_a_decoding_step_never_wait(launched, rank):
 
     def choose(hidden, key):
         logits = models.logits_fp32(hidden, net.head)
-        return sample(logits, key, temperature=0.7, top_k=5, top_p=0.9) if launched else (*greedy(logits), None)
+        return (
+            sample(logits, key, temperature=0.7, top_k=5, top_p=0.9) if launched else (*greedy(logits), None)
+        )
+
     with torch.no_grad():
         blocks.begin(slots=4, stop_ids=[2], graphs=True)
         prefill = rollout.Prefill(net, PROMPTS, blocks.cache, [0, 1])
         assert net(prefill.ids, prefill.positions, prefill)[prefill.last].shape == (2, 32)
-        blocks.enter(numbers(0, 1), numbers(5, 6), numbers(3, 2), numbers(8, 8), torch.zeros(2, 9, dtype=torch.long, device=META))
+        blocks.enter(
+            numbers(0, 1),
+            numbers(5, 6),
+            numbers(3, 2),
+            numbers(8, 8),
+            torch.zeros(2, 9, dtype=torch.long, device=META),
+        )
         blocks.compose([0, 1])
         launched.clear()
         blocks.step(net, 2, choose)

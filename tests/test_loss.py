@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_loss.py
 Shapes as in loss.py: T tokens, N rows, B prompts, G completions of each.
 """
+
 import ast
 import collections
 import itertools
@@ -19,13 +20,15 @@ from loss import AGGREGATES, KL, OBJECTIVES, SCALES, add_stats, advantages, norm
 
 NAN, INF = math.nan, math.inf
 F64 = torch.float64
-COUNTS = dict(group_size=2, max_new_tokens=7)                        # what aggregate="group" and "constant" divide by
-CLIPS = dict(clip_low=0.1, clip_high=0.15, cispo_max=1.2)            # narrow, so that every branch is taken
+COUNTS = dict(group_size=2, max_new_tokens=7)  # what aggregate="group" and "constant" divide by
+CLIPS = dict(clip_low=0.1, clip_high=0.15, cispo_max=1.2)  # narrow, so that every branch is taken
 KL_CHOICES = [(0.0, "k3", False)] + [(0.3, kl, times) for kl in KL for times in (False, True)]
 DUAL = {"clip": (None, 1.3), "gspo": (None, 1.3)}
-OPTIONS = [dict(objective=o, aggregate=a, beta=beta, kl=kl, kl_times_ratio=times, dual_clip=dual, entropy_coef=coef)
-           for o, a, (beta, kl, times), coef in itertools.product(OBJECTIVES, AGGREGATES, KL_CHOICES, (0.0, 0.05))
-           for dual in DUAL.get(o, (None,))]
+OPTIONS = [
+    dict(objective=o, aggregate=a, beta=beta, kl=kl, kl_times_ratio=times, dual_clip=dual, entropy_coef=coef)
+    for o, a, (beta, kl, times), coef in itertools.product(OBJECTIVES, AGGREGATES, KL_CHOICES, (0.0, 0.05))
+    for dual in DUAL.get(o, (None,))
+]
 
 
 def batch(seed=8, lengths=(3, 1, 5, 0, 2, 4, 3, 2), dtype=F64):
@@ -37,9 +40,11 @@ def batch(seed=8, lengths=(3, 1, 5, 0, 2, 4, 3, 2), dtype=F64):
     adv = normal(N)
     adv[4] = 0.0
     logp = -normal(T).abs() - 0.1
-    old = logp + 0.25 * normal(T) + 0.3 * normal(N)[rows]            # the shift by row gives GSPO something to clip
+    old = logp + 0.25 * normal(T) + 0.3 * normal(N)[rows]  # the shift by row gives GSPO something to clip
     ref, entropy = logp + 0.4 * normal(T), normal(T).abs()
-    tensors = dict(logp=logp, old_logp=old, adv=adv, ref_logp=ref, entropy=entropy, exact_kl=normal(T).square())
+    tensors = dict(
+        logp=logp, old_logp=old, adv=adv, ref_logp=ref, entropy=entropy, exact_kl=normal(T).square()
+    )
     return {k: v.to(dtype) for k, v in tensors.items()} | {"rows": rows}
 
 
@@ -58,8 +63,23 @@ def value_and_grad(x, **options):
 
 # ------------------------------------------------------------------------- the oracle: one token at a time, no shared code
 
-def oracle(x, objective, aggregate, beta, kl, kl_times_ratio, dual_clip, entropy_coef, clip_low, clip_high, cispo_max,
-           group_size, max_new_tokens, weight=None):
+
+def oracle(
+    x,
+    objective,
+    aggregate,
+    beta,
+    kl,
+    kl_times_ratio,
+    dual_clip,
+    entropy_coef,
+    clip_low,
+    clip_high,
+    cispo_max,
+    group_size,
+    max_new_tokens,
+    weight=None,
+):
     """The loss from FORMULAS, scalar by scalar; tensors of no dimension, so that autograd can differentiate it."""
     logp, old, ref, ent = ([v for v in x[k]] for k in ("logp", "old_logp", "ref_logp", "entropy"))
     adv, rows = x["adv"].tolist(), x["rows"].tolist()
@@ -88,7 +108,9 @@ def oracle(x, objective, aggregate, beta, kl, kl_times_ratio, dual_clip, entropy
                 l = l + beta * (rho * k if kl_times_ratio else k)
             in_row = in_row + l - entropy_coef * ent[t]
         total = total + (in_row / len(tokens) if aggregate == "sequence" and tokens else in_row)
-    divisor = {"token": len(rows), "sequence": N, "constant": N * max_new_tokens, "group": N / group_size}[aggregate]
+    divisor = {"token": len(rows), "sequence": N, "constant": N * max_new_tokens, "group": N / group_size}[
+        aggregate
+    ]
     return total / divisor
 
 
@@ -97,10 +119,17 @@ def oracle(x, objective, aggregate, beta, kl, kl_times_ratio, dual_clip, entropy
 def test_loss_and_gradient_equal_a_loop_in_float64_for_every_option(objective, aggregate):
     x = batch()
     mask = torch.tensor([1.0, 0.0, 0.4] * 7, dtype=F64)[: len(x["rows"])]
-    for o in (o | dict(weight=w) for o in OPTIONS if o["objective"] == objective and o["aggregate"] == aggregate for w in (None, mask)):
+    for o in (
+        o | dict(weight=w)
+        for o in OPTIONS
+        if o["objective"] == objective and o["aggregate"] == aggregate
+        for w in (None, mask)
+    ):
         y = with_grad(x)
         want = oracle(y, **o, **CLIPS, **COUNTS)
-        want_grads = torch.autograd.grad(want, (y["logp"], y["entropy"]), allow_unused=True, materialize_grads=True)
+        want_grads = torch.autograd.grad(
+            want, (y["logp"], y["entropy"]), allow_unused=True, materialize_grads=True
+        )
         got, *got_grads, stats = value_and_grad(x, **o, **CLIPS, **COUNTS)
         torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-13, msg=str(o))
         for a, b in zip(got_grads, want_grads):
@@ -123,7 +152,15 @@ def test_the_batch_of_these_tests_reaches_every_branch():
 def test_gradient_equals_finite_differences(objective):
     """Not cispo, whose point is a gradient that is not that of its value."""
     x, h = batch(3), 1e-6
-    o = dict(objective=objective, aggregate="sequence", dual_clip=1.3, beta=0.3, kl_times_ratio=True, entropy_coef=0.05, **CLIPS)
+    o = dict(
+        objective=objective,
+        aggregate="sequence",
+        dual_clip=1.3,
+        beta=0.3,
+        kl_times_ratio=True,
+        entropy_coef=0.05,
+        **CLIPS,
+    )
     _, grad, grad_entropy, _ = value_and_grad(x, **o)
     for name, g in (("logp", grad), ("entropy", grad_entropy)):
         for t in range(len(g)):
@@ -142,29 +179,35 @@ def test_cispo_gradient_is_that_of_the_weighted_log_probability():
 
 # ------------------------------------------------------------------------------------------------ numbers by hand
 
+
 def one_token(rho, adv, **options):
     """The loss and the gradient in logp of one token with logp = ln(1/2) and the given ratio."""
     logp = torch.tensor([math.log(0.5)], dtype=F64, requires_grad=True)
-    value, _ = policy_loss(logp, logp.detach() - math.log(rho), torch.tensor([adv], dtype=F64), torch.tensor([0]), **options)
+    value, _ = policy_loss(
+        logp, logp.detach() - math.log(rho), torch.tensor([adv], dtype=F64), torch.tensor([0]), **options
+    )
     value.backward()
     return value.item(), logp.grad.item()
 
 
-@pytest.mark.parametrize("objective, rho, adv, options, value, grad", [
-    ("reinforce", 1.5, 2.0, {}, 2 * math.log(2), -2.0),
-    ("clip", 1.1, 2.0, {}, -2.2, -2.2),                              # inside: -rho A
-    ("clip", 1.5, 2.0, {}, -2.4, 0.0),                               # far enough: -1.2 A
-    ("clip", 1.25, 2.0, {"clip_high": 0.28}, -2.5, -2.5),            # DAPO's wider roof
-    ("clip", 0.5, 2.0, {}, -1.0, -1.0),                              # less likely than before, though good: pulled back
-    ("clip", 0.5, -2.0, {}, 1.6, 0.0),                               # bad, already rarer: 0.8 * 2
-    ("clip", 5.0, -2.0, {}, 10.0, 10.0),                             # bad and more likely: no bound ...
-    ("clip", 5.0, -2.0, {"dual_clip": 3.0}, 6.0, 0.0),               # ... but for the dual clip
-    ("clip", 2.0, -2.0, {"dual_clip": 3.0}, 4.0, 4.0),
-    ("cispo", 3.0, 2.0, {}, 6 * math.log(2), -6.0),
-    ("cispo", 8.0, 2.0, {}, 10 * math.log(2), -10.0),                # weight capped at 5, the gradient lives
-    ("cispo", 8.0, -2.0, {}, -10 * math.log(2), 10.0),
-    ("gspo", 1.1, 2.0, {}, -2.2, -2.2),                              # one token: its sequence
-])
+@pytest.mark.parametrize(
+    "objective, rho, adv, options, value, grad",
+    [
+        ("reinforce", 1.5, 2.0, {}, 2 * math.log(2), -2.0),
+        ("clip", 1.1, 2.0, {}, -2.2, -2.2),  # inside: -rho A
+        ("clip", 1.5, 2.0, {}, -2.4, 0.0),  # far enough: -1.2 A
+        ("clip", 1.25, 2.0, {"clip_high": 0.28}, -2.5, -2.5),  # DAPO's wider roof
+        ("clip", 0.5, 2.0, {}, -1.0, -1.0),  # less likely than before, though good: pulled back
+        ("clip", 0.5, -2.0, {}, 1.6, 0.0),  # bad, already rarer: 0.8 * 2
+        ("clip", 5.0, -2.0, {}, 10.0, 10.0),  # bad and more likely: no bound ...
+        ("clip", 5.0, -2.0, {"dual_clip": 3.0}, 6.0, 0.0),  # ... but for the dual clip
+        ("clip", 2.0, -2.0, {"dual_clip": 3.0}, 4.0, 4.0),
+        ("cispo", 3.0, 2.0, {}, 6 * math.log(2), -6.0),
+        ("cispo", 8.0, 2.0, {}, 10 * math.log(2), -10.0),  # weight capped at 5, the gradient lives
+        ("cispo", 8.0, -2.0, {}, -10 * math.log(2), 10.0),
+        ("gspo", 1.1, 2.0, {}, -2.2, -2.2),  # one token: its sequence
+    ],
+)
 def test_objective_of_one_token_by_hand(objective, rho, adv, options, value, grad):
     got = one_token(rho, adv, objective=objective, **options)
     assert got == pytest.approx((value, grad), abs=1e-14)
@@ -174,7 +217,9 @@ def test_gspo_by_hand():
     """Ratios 2 and 1/2 average to 1 in the log: GSPO does not clip what clip would clip twice, and both tokens get s A."""
     logp = torch.log(torch.tensor([0.5, 0.25], dtype=F64)).requires_grad_()
     old = torch.log(torch.tensor([0.25, 0.5], dtype=F64))
-    value, stats = policy_loss(logp, old, torch.tensor([3.0], dtype=F64), torch.tensor([0, 0]), objective="gspo")
+    value, stats = policy_loss(
+        logp, old, torch.tensor([3.0], dtype=F64), torch.tensor([0, 0]), objective="gspo"
+    )
     value.backward()
     assert value.item() == pytest.approx(-3.0) and logp.grad.tolist() == pytest.approx([-1.5, -1.5])
     assert stats["clip_region"] == 0 and stats["ratio_max"] == pytest.approx(2.0)
@@ -185,21 +230,41 @@ def test_aggregation_by_hand():
     logp, adv, rows = torch.full((4,), -1.0, dtype=F64), torch.tensor([2.0, 1.0]), torch.tensor([0, 1, 1, 1])
     want = {"token": 1.25, "sequence": 1.5, "constant": 0.25, "group": 5.0}
     for aggregate, value in want.items():
-        got, _ = policy_loss(logp, logp, adv, rows, objective="reinforce", aggregate=aggregate, group_size=2, max_new_tokens=10)
+        got, _ = policy_loss(
+            logp, logp, adv, rows, objective="reinforce", aggregate=aggregate, group_size=2, max_new_tokens=10
+        )
         assert got.item() == pytest.approx(value, abs=1e-15)
 
 
-@pytest.mark.parametrize("kl, times, value, grad", [
-    ("k1", False, math.log(2), 1.0), ("k2", False, math.log(2) ** 2 / 2, math.log(2)), ("k3", False, math.log(2) - 0.5, 0.5),
-    ("k1", True, 3 * math.log(2), 3 * (math.log(2) + 1)),
-    ("k2", True, 1.5 * math.log(2) ** 2, 1.5 * math.log(2) ** 2 + 3 * math.log(2)),
-    ("k3", True, 3 * (math.log(2) - 0.5), 3 * math.log(2)),          # (rho k3)' = rho (k3 + 1 - r): 3 (ln 2 - 0.5 + 0.5)
-])
+@pytest.mark.parametrize(
+    "kl, times, value, grad",
+    [
+        ("k1", False, math.log(2), 1.0),
+        ("k2", False, math.log(2) ** 2 / 2, math.log(2)),
+        ("k3", False, math.log(2) - 0.5, 0.5),
+        ("k1", True, 3 * math.log(2), 3 * (math.log(2) + 1)),
+        ("k2", True, 1.5 * math.log(2) ** 2, 1.5 * math.log(2) ** 2 + 3 * math.log(2)),
+        (
+            "k3",
+            True,
+            3 * (math.log(2) - 0.5),
+            3 * math.log(2),
+        ),  # (rho k3)' = rho (k3 + 1 - r): 3 (ln 2 - 0.5 + 0.5)
+    ],
+)
 def test_kl_by_hand(kl, times, value, grad):
     """Policy 1/2, reference 1/4, ratio 3: d = -ln 2."""
     logp = torch.tensor([math.log(0.5)], dtype=F64, requires_grad=True)
-    total, stats = policy_loss(logp, logp.detach() - math.log(3), torch.zeros(1), torch.tensor([0]), beta=0.1, kl=kl,
-                               ref_logp=torch.tensor([math.log(0.25)], dtype=F64), kl_times_ratio=times)
+    total, stats = policy_loss(
+        logp,
+        logp.detach() - math.log(3),
+        torch.zeros(1),
+        torch.tensor([0]),
+        beta=0.1,
+        kl=kl,
+        ref_logp=torch.tensor([math.log(0.25)], dtype=F64),
+        kl_times_ratio=times,
+    )
     total.backward()
     assert (total.item(), logp.grad.item()) == pytest.approx((0.1 * value, 0.1 * grad), abs=1e-14)
     assert stats["kl"].item() == pytest.approx(value) and stats["policy_loss"] == 0
@@ -213,13 +278,24 @@ def test_kl_times_ratio_has_the_value_and_gradient_of_the_exact_kl_off_policy(kl
     logits.requires_grad_()
     logp, old, ref = logits.log_softmax(0), old.log_softmax(0), ref.log_softmax(0)
     exact = (logp.exp() * (logp - ref)).sum()
-    want, = torch.autograd.grad(exact, logits, retain_graph=True)
+    (want,) = torch.autograd.grad(exact, logits, retain_graph=True)
     for times in (True, False):
         # token v is drawn with probability old(v): its loss is weighted by that
-        each = [policy_loss(logp[v:v + 1], old[v:v + 1], torch.zeros(1), torch.tensor([0]), ref_logp=ref[v:v + 1], beta=1.0,
-                            kl=kl, kl_times_ratio=times)[0] for v in range(5)]
+        each = [
+            policy_loss(
+                logp[v : v + 1],
+                old[v : v + 1],
+                torch.zeros(1),
+                torch.tensor([0]),
+                ref_logp=ref[v : v + 1],
+                beta=1.0,
+                kl=kl,
+                kl_times_ratio=times,
+            )[0]
+            for v in range(5)
+        ]
         mean = sum(p * e for p, e in zip(old.exp(), each))
-        got, = torch.autograd.grad(mean, logits, retain_graph=True)
+        (got,) = torch.autograd.grad(mean, logits, retain_graph=True)
         assert torch.allclose(mean, exact) is times and torch.allclose(got, want) is times
 
 
@@ -236,6 +312,7 @@ def test_k3_is_exact_and_never_negative_near_zero():
 
 
 # ------------------------------------------------------------------------------------------------ splits and chunks
+
 
 def take(x, tokens, rows=None):
     """Some tokens of the batch; with `rows`, only these rows' advantages too, renumbered."""
@@ -308,7 +385,10 @@ def test_normaliser_is_the_default_and_adds_up_over_ranks():
         norm = normaliser(lengths, aggregate=aggregate, **COUNTS)
         assert norm == value and type(norm) is float
         assert normaliser(torch.tensor(lengths), aggregate=aggregate, **COUNTS) == value
-        assert sum(normaliser(part, aggregate=aggregate, **COUNTS) for part in (lengths[:3], [], lengths[3:])) == value
+        assert (
+            sum(normaliser(part, aggregate=aggregate, **COUNTS) for part in (lengths[:3], [], lengths[3:]))
+            == value
+        )
         default = policy_loss(**x, aggregate=aggregate, **COUNTS)[0]
         assert torch.equal(default, policy_loss(**x, aggregate=aggregate, norm=norm)[0])
 
@@ -317,8 +397,10 @@ def test_a_rank_without_tokens_adds_nothing():
     x = batch()
     empty = take(x, torch.arange(0))
     for objective, aggregate in itertools.product(OBJECTIVES, AGGREGATES):
-        for norm in (None, 0.0, 5.0):       # 0.0: every completion of the step was masked out
-            value, grad, _, stats = value_and_grad(empty, objective=objective, aggregate=aggregate, beta=0.1, norm=norm, **COUNTS)
+        for norm in (None, 0.0, 5.0):  # 0.0: every completion of the step was masked out
+            value, grad, _, stats = value_and_grad(
+                empty, objective=objective, aggregate=aggregate, beta=0.1, norm=norm, **COUNTS
+            )
             assert value == 0 and grad.shape == (0,)
         full = policy_loss(**x, objective=objective)[1]
         merged = add_stats(stats, full)
@@ -326,6 +408,7 @@ def test_a_rank_without_tokens_adds_nothing():
 
 
 # ------------------------------------------------------------------------------------------------ zeros and infinities
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -335,9 +418,20 @@ def test_zero_advantage_is_exactly_zero_loss_and_gradient_whatever_the_ratio(obj
     old = torch.tensor([-1.0, -2000.0, -INF, -1.0, -0.5, -90.0], dtype=dtype)
     rows = torch.tensor([0, 0, 0, 1, 1, 2])
     for aggregate, dual in itertools.product(AGGREGATES, (None, 3.0)):
-        value, stats = policy_loss(logp, old, torch.zeros(3), rows, objective=objective, aggregate=aggregate, dual_clip=dual, **COUNTS)
-        grad, = torch.autograd.grad(value, logp)
-        assert torch.equal(value.detach(), torch.zeros_like(value)) and torch.equal(grad, torch.zeros_like(grad))
+        value, stats = policy_loss(
+            logp,
+            old,
+            torch.zeros(3),
+            rows,
+            objective=objective,
+            aggregate=aggregate,
+            dual_clip=dual,
+            **COUNTS,
+        )
+        (grad,) = torch.autograd.grad(value, logp)
+        assert torch.equal(value.detach(), torch.zeros_like(value)) and torch.equal(
+            grad, torch.zeros_like(grad)
+        )
         assert stats["clip_region"] == 0 and stats["policy_loss"] == 0
 
 
@@ -364,10 +458,21 @@ def test_all_equal_group_gives_exactly_zero_policy_gradient_end_to_end():
 @pytest.mark.parametrize("dtype, far", [(torch.float32, 200.0), (F64, 2000.0)])
 @pytest.mark.parametrize("objective", ["clip", "gspo"])
 def test_clipped_token_whose_ratio_overflows_has_zero_gradient_not_nan(objective, dtype, far):
-    for adv, dual, bound, times in ((1.0, None, 1.2, 1), (-1.0, 3.0, 3.0, 1), (1.0, None, 1.2, 1000), (-1.0, 3.0, 3.0, 1000)):
+    for adv, dual, bound, times in (
+        (1.0, None, 1.2, 1),
+        (-1.0, 3.0, 3.0, 1),
+        (1.0, None, 1.2, 1000),
+        (-1.0, 3.0, 3.0, 1000),
+    ):
         logp = torch.tensor([-0.5], dtype=dtype, requires_grad=True)
-        value, _ = policy_loss(logp, logp.detach() - times * far, torch.tensor([adv]), torch.tensor([0]), objective=objective,
-                               dual_clip=dual)
+        value, _ = policy_loss(
+            logp,
+            logp.detach() - times * far,
+            torch.tensor([adv]),
+            torch.tensor([0]),
+            objective=objective,
+            dual_clip=dual,
+        )
         value.backward()
         assert value.item() == pytest.approx(-bound * adv) and logp.grad.item() == 0
 
@@ -378,12 +483,20 @@ def test_exponentials_are_exact_up_to_the_limit_and_then_stay_finite_with_the_ri
     d = torch.tensor([-INF, -5.0, 0.0, 1e-3, 5.0, 30.0, near, far, 2 * far], dtype=dtype)
     x = d.clone().requires_grad_()
     y = loss.tamed(torch.exp, x)
-    grad, = torch.autograd.grad(y.sum(), x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(y[:7], d[:7].exp()) and torch.equal(grad[:7], d[:7].exp())
-    assert y.isfinite().all() and grad.isfinite().all() and (y.diff() > 0).all() and (grad[7:] >= grad[6]).all()
+    assert (
+        y.isfinite().all() and grad.isfinite().all() and (y.diff() > 0).all() and (grad[7:] >= grad[6]).all()
+    )
     logp = (-d[1:]).requires_grad_()
-    value, _ = policy_loss(logp, logp.detach(), torch.zeros(1), torch.zeros(8, dtype=torch.long), beta=1.0,
-                           ref_logp=torch.zeros(8, dtype=dtype))
+    value, _ = policy_loss(
+        logp,
+        logp.detach(),
+        torch.zeros(1),
+        torch.zeros(8, dtype=torch.long),
+        beta=1.0,
+        ref_logp=torch.zeros(8, dtype=dtype),
+    )
     value.backward()
     assert value.isfinite() and (logp.grad[2:] < 0).all() and logp.grad[0] > 0 and logp.grad[1] == 0
 
@@ -403,23 +516,32 @@ def test_on_policy_clip_and_cispo_have_the_gradient_of_reinforce_to_the_bit():
     x = batch(5)
     x["old_logp"] = x["logp"]
     _, want, *_ = value_and_grad(x, objective="reinforce")
-    for o in (dict(objective="clip"), dict(objective="clip", dual_clip=3.0), dict(objective="cispo"),
-              dict(objective="clip", clip_low=0.0, clip_high=0.0)):
+    for o in (
+        dict(objective="clip"),
+        dict(objective="clip", dual_clip=3.0),
+        dict(objective="cispo"),
+        dict(objective="clip", clip_low=0.0, clip_high=0.0),
+    ):
         value, grad, _, stats = value_and_grad(x, **o)
         assert torch.equal(grad, want)
-        assert stats["clip_region"] == 0 and stats["ratio_min"] == stats["ratio_max"] == 1 and stats["diff_max"] == 0
+        assert (
+            stats["clip_region"] == 0
+            and stats["ratio_min"] == stats["ratio_max"] == 1
+            and stats["diff_max"] == 0
+        )
 
 
 def test_old_and_reference_and_advantage_are_constants():
     """old_logp=logp without detach() has a gradient of 0 in many scripts; here it is the on-policy gradient."""
     x = with_grad(batch())
     value, _ = policy_loss(**(x | {"old_logp": x["logp"]}))
-    grad, = torch.autograd.grad(value, x["logp"])
+    (grad,) = torch.autograd.grad(value, x["logp"])
     _, want, *_ = value_and_grad(batch() | {"old_logp": batch()["logp"]})
     assert torch.equal(grad, want) and (grad != 0).any()
 
 
 # ------------------------------------------------------------------------------------------------ stats
+
 
 @pytest.mark.parametrize("seed", [0, 3, 6, 8])
 def test_stats_are_what_a_loop_counts(seed):
@@ -430,11 +552,21 @@ def test_stats_are_what_a_loop_counts(seed):
     low = sum(math.exp(d) < 0.9 and a < 0 for d, a in zip(diff, adv))
     high = sum(math.exp(d) > 1.15 and a > 0 for d, a in zip(diff, adv))
     kl = sum((math.exp(r - p) - (r - p) - 1) for p, r in zip(x["logp"].tolist(), x["ref_logp"].tolist()))
-    want = dict(tokens=20, clip_low=low, clip_high=high, clip_region=low + high, kl=kl, entropy=x["entropy"].sum().item(),
-                loss=value.item(),
-                diff_sum=sum(map(abs, diff)), diff_max=max(map(abs, diff)), ratio_sum=sum(map(math.exp, diff)),
-                ratio_min=math.exp(min(diff)), ratio_max=math.exp(max(diff)),
-                policy_loss=value.item() - 0.2 * kl / 20 + 0.1 * x["entropy"].mean().item())
+    want = dict(
+        tokens=20,
+        clip_low=low,
+        clip_high=high,
+        clip_region=low + high,
+        kl=kl,
+        entropy=x["entropy"].sum().item(),
+        loss=value.item(),
+        diff_sum=sum(map(abs, diff)),
+        diff_max=max(map(abs, diff)),
+        ratio_sum=sum(map(math.exp, diff)),
+        ratio_min=math.exp(min(diff)),
+        ratio_max=math.exp(max(diff)),
+        policy_loss=value.item() - 0.2 * kl / 20 + 0.1 * x["entropy"].mean().item(),
+    )
     assert {k: v.item() for k, v in stats.items()} == pytest.approx(want, rel=1e-12)
     assert all(v.shape == () and v.dtype == F64 and not v.requires_grad for v in stats.values())
 
@@ -458,12 +590,18 @@ def test_weight_multiplies_the_policy_term_only():
         # with only one token kept, the policy loss is that token's
         each = [policy_loss(**x, **o, weight=torch.eye(20)[t])[1] for t in range(20)]
         weighted = policy_loss(**x, **o, weight=weight)[1]
-        torch.testing.assert_close(weighted["policy_loss"], sum(w * e["policy_loss"] for w, e in zip(weight, each)), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            weighted["policy_loss"],
+            sum(w * e["policy_loss"] for w, e in zip(weight, each)),
+            rtol=1e-12,
+            atol=1e-15,
+        )
         assert weighted["kl"] == stats["kl"] and stats["clip_region"] == sum(e["clip_region"] for e in each)
         assert weighted["clip_region"] == sum(e["clip_region"] for w, e in zip(weight, each) if w > 0)
 
 
 # ------------------------------------------------------------------------------------------------ advantages
+
 
 def oracle_advantages(rewards, scale, ddof, eps):
     """Lists of float or None in, lists of float out, straight from the table."""
@@ -484,7 +622,10 @@ def oracle_advantages(rewards, scale, ddof, eps):
                 others.remove(r)
                 out.append(r - sum(others) / len(others))
             else:
-                out.append((r - sum(v) / len(v)) / (1 if scale == "none" else std(v if scale == "group" else flat) + eps))
+                out.append(
+                    (r - sum(v) / len(v))
+                    / (1 if scale == "none" else std(v if scale == "group" else flat) + eps)
+                )
     return out
 
 
@@ -493,7 +634,9 @@ def test_advantages_equal_a_loop_with_nones_anywhere(scale):
     rng = random.Random(0)
     for trial in range(60):
         B, G = rng.randint(1, 5), rng.randint(2, 9)
-        draw = rng.choice([lambda: rng.gauss(0, 3), lambda: float(rng.random() < 0.5), lambda: 0.1 * rng.randint(0, 2)])
+        draw = rng.choice(
+            [lambda: rng.gauss(0, 3), lambda: float(rng.random() < 0.5), lambda: 0.1 * rng.randint(0, 2)]
+        )
         groups = [[None if rng.random() < 0.25 else draw() for _ in range(G)] for _ in range(B)]
         tensor = torch.tensor([[NAN if r is None else r for r in g] for g in groups], dtype=F64)
         for ddof, eps in ((1, 1e-4), (0, 1e-4), (1, 0.0)):
@@ -505,13 +648,24 @@ def test_advantages_equal_a_loop_with_nones_anywhere(scale):
 def test_advantages_by_hand():
     r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]], dtype=F64)
     s = {k: advantages(r, scale=k) for k in SCALES}
-    a, b = 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (1 + 1e-4)           # stds with ddof 1: sqrt(1/3) and 1
-    assert s["group"].tolist() == [pytest.approx([a, -a, -a, a]), pytest.approx([1.5 * b, -0.5 * b, -0.5 * b, -0.5 * b])]
+    a, b = 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (1 + 1e-4)  # stds with ddof 1: sqrt(1/3) and 1
+    assert s["group"].tolist() == [
+        pytest.approx([a, -a, -a, a]),
+        pytest.approx([1.5 * b, -0.5 * b, -0.5 * b, -0.5 * b]),
+    ]
     assert s["none"].tolist() == [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]]
-    assert s["rloo"].tolist() == [pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3]), pytest.approx([2, -2 / 3, -2 / 3, -2 / 3])]
-    c = math.sqrt((2 * 0.25 + 2.25 + 5 * 0.25) / 7) + 1e-4           # all eight rewards about their mean of 1/2
-    assert (s["batch"] * c).tolist() == [pytest.approx([0.5, -0.5, -0.5, 0.5]), pytest.approx([1.5, -0.5, -0.5, -0.5])]
-    assert advantages(r, ddof=0)[0].tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, -0.5 / 0.5001, 0.5 / 0.5001])
+    assert s["rloo"].tolist() == [
+        pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3]),
+        pytest.approx([2, -2 / 3, -2 / 3, -2 / 3]),
+    ]
+    c = math.sqrt((2 * 0.25 + 2.25 + 5 * 0.25) / 7) + 1e-4  # all eight rewards about their mean of 1/2
+    assert (s["batch"] * c).tolist() == [
+        pytest.approx([0.5, -0.5, -0.5, 0.5]),
+        pytest.approx([1.5, -0.5, -0.5, -0.5]),
+    ]
+    assert advantages(r, ddof=0)[0].tolist() == pytest.approx(
+        [0.5 / 0.5001, -0.5 / 0.5001, -0.5 / 0.5001, 0.5 / 0.5001]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -533,7 +687,9 @@ def test_an_unscored_completion_gets_zero_and_changes_no_other(scale):
     full = torch.tensor([[1.0, 0.25, 0.5], [0.0, 3.0, 1.0]], dtype=F64)
     gap = torch.tensor([[1.0, NAN, 0.25, 0.5], [0.0, 3.0, 1.0, NAN]], dtype=F64)
     a, b = advantages(full, scale=scale), advantages(gap, scale=scale)
-    assert torch.allclose(b[0, [0, 2, 3]], a[0]) and torch.allclose(b[1, :3], a[1]) and b[0, 1] == b[1, 3] == 0
+    assert (
+        torch.allclose(b[0, [0, 2, 3]], a[0]) and torch.allclose(b[1, :3], a[1]) and b[0, 1] == b[1, 3] == 0
+    )
     alone = advantages(torch.tensor([[NAN, 5.0, NAN], [NAN, NAN, NAN]]), scale=scale)
     assert torch.equal(alone, torch.zeros(2, 3))
     assert torch.equal(advantages(torch.tensor([[0.0, 1.0], [NAN, NAN]]), scale=scale)[1], torch.zeros(2))
@@ -576,25 +732,43 @@ def test_an_infinite_reward_is_refused_with_its_place(bad):
 
 # ------------------------------------------------------------------------------------------------ misuse
 
-@pytest.mark.parametrize("change, sentence", [
-    (dict(objective="gpso"), "did you mean 'gspo'.*Known: reinforce, clip, cispo, gspo"),
-    (dict(aggregate="sequense"), "did you mean 'sequence'"), (dict(aggregate="bnpo", norm=3.0), "unknown aggregate"),
-    (dict(kl="k4"), "unknown kl 'k4'.*Known: k1, k2, k3, full"), (dict(beta=0.1, kl="full", exact_kl=None), "exact_kl="),
-    (dict(aggregate="group"), "group_size="), (dict(aggregate="constant"), "max_new_tokens="),
-    (dict(beta=0.1, ref_logp=None), "ref_logp="), (dict(entropy_coef=0.1, entropy=None), "entropy="),
-    (dict(objective="gspo", lengths=torch.ones(8)), "whole row"), (dict(norm=0.0), "norm=0.0"),
-    (dict(objective="cispo", cispo_max=0.28), "cispo_max=0.28"), (dict(dual_clip=0.2), "dual_clip > 1"),
-    (dict(clip_low=-0.1), "clip_low"),
-    (dict(old_logp=torch.zeros(20, dtype=torch.bfloat16)), "old_logp is torch.bfloat16"),
-])
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(objective="gpso"), "did you mean 'gspo'.*Known: reinforce, clip, cispo, gspo"),
+        (dict(aggregate="sequense"), "did you mean 'sequence'"),
+        (dict(aggregate="bnpo", norm=3.0), "unknown aggregate"),
+        (dict(kl="k4"), "unknown kl 'k4'.*Known: k1, k2, k3, full"),
+        (dict(beta=0.1, kl="full", exact_kl=None), "exact_kl="),
+        (dict(aggregate="group"), "group_size="),
+        (dict(aggregate="constant"), "max_new_tokens="),
+        (dict(beta=0.1, ref_logp=None), "ref_logp="),
+        (dict(entropy_coef=0.1, entropy=None), "entropy="),
+        (dict(objective="gspo", lengths=torch.ones(8)), "whole row"),
+        (dict(norm=0.0), "norm=0.0"),
+        (dict(objective="cispo", cispo_max=0.28), "cispo_max=0.28"),
+        (dict(dual_clip=0.2), "dual_clip > 1"),
+        (dict(clip_low=-0.1), "clip_low"),
+        (dict(old_logp=torch.zeros(20, dtype=torch.bfloat16)), "old_logp is torch.bfloat16"),
+    ],
+)
 def test_misuse_is_one_clear_sentence(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         policy_loss(**(batch() | change))
 
 
-@pytest.mark.parametrize("change", [
-    dict(rows=torch.zeros(3, dtype=torch.long)), dict(adv=torch.zeros(8, 1)), dict(old_logp=torch.zeros(4, 5)),
-    dict(lengths=torch.ones(3)), dict(weight=torch.ones(1)), dict(entropy=torch.ones(19))])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(rows=torch.zeros(3, dtype=torch.long)),
+        dict(adv=torch.zeros(8, 1)),
+        dict(old_logp=torch.zeros(4, 5)),
+        dict(lengths=torch.ones(3)),
+        dict(weight=torch.ones(1)),
+        dict(entropy=torch.ones(19)),
+    ],
+)
 def test_a_wrong_shape_is_shown_with_the_right_one(change):
     with pytest.raises(AssertionError, match=r"\(.*\).*\(.*\)"):
         policy_loss(**(batch() | change))
@@ -613,7 +787,9 @@ def test_the_file_can_be_copied_out_alone():
     """Standard library and torch, and nothing but definitions at the top level."""
     tree = ast.parse(pathlib.Path(loss.__file__).read_text())
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert names == {"difflib", "math", "torch"} and not any(isinstance(n, ast.ImportFrom) for n in ast.walk(tree))
+    assert names == {"difflib", "math", "torch"} and not any(
+        isinstance(n, ast.ImportFrom) for n in ast.walk(tree)
+    )
     assert all(isinstance(n, (ast.Import, ast.FunctionDef, ast.Assign, ast.Expr)) for n in tree.body)
 
 
@@ -629,7 +805,10 @@ def test_float32_agrees_with_float64():
 def test_no_tensor_is_read_back_to_the_host():
     """On the meta device a tensor has no values: .item(), a comparison in an if, nonzero or bincount would raise."""
     x = {k: v.to("meta") for k, v in batch().items()}
-    for o in (dict(objective=o, aggregate=a, beta=0.1, kl_times_ratio=True, entropy_coef=0.1) for o, a in zip(OBJECTIVES, AGGREGATES)):
+    for o in (
+        dict(objective=o, aggregate=a, beta=0.1, kl_times_ratio=True, entropy_coef=0.1)
+        for o, a in zip(OBJECTIVES, AGGREGATES)
+    ):
         _, grad, _, stats = value_and_grad(x, **o, **CLIPS, **COUNTS)
         assert grad.device.type == "meta" and all(v.device.type == "meta" for v in stats.values())
 
@@ -651,35 +830,78 @@ def test_gpu_gives_the_same_numbers_and_is_never_waited_for():
 
 # ------------------------------------------------------------------------------------------------ TRL
 
+
 @pytest.fixture(scope="module")
 def trl_loss():
     """TRL's own GRPOTrainer._compute_loss on the least `self` that it accepts: (batch, settings) -> loss, gradient, metrics."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
 
-    def run(x, *, loss_type, level="token", low=0.2, high=0.2, delta=None, beta=0.0, times=False, entropy_coef=0.0, weight=None, top=1.0):
+    def run(
+        x,
+        *,
+        loss_type,
+        level="token",
+        low=0.2,
+        high=0.2,
+        delta=None,
+        beta=0.0,
+        times=False,
+        entropy_coef=0.0,
+        weight=None,
+        top=1.0,
+    ):
         rows, N = x["rows"], len(x["adv"])
         lengths = torch.bincount(rows, minlength=N)
         C = int(lengths.max())
-        mask = torch.arange(C) < lengths[:, None]                                     # (N, C)
-        pad = lambda v: torch.full((N, C), -0.7, dtype=v.dtype).masked_scatter(mask, v)  # rows are in order: row-major fill
+        mask = torch.arange(C) < lengths[:, None]  # (N, C)
+        pad = lambda v: torch.full((N, C), -0.7, dtype=v.dtype).masked_scatter(
+            mask, v
+        )  # rows are in order: row-major fill
         logp = x["logp"].clone().requires_grad_()
         entropy = x["entropy"].clone().requires_grad_()
         args = types.SimpleNamespace(delta=delta, use_bias_correction_kl=times, steps_per_generation=1)
-        accelerator = types.SimpleNamespace(num_processes=1, gather=lambda v: v, pad_across_processes=lambda v, **_: v, reduce=lambda v, reduction: v, sync_gradients=True)
+        accelerator = types.SimpleNamespace(
+            num_processes=1,
+            gather=lambda v: v,
+            pad_across_processes=lambda v, **_: v,
+            reduce=lambda v, reduction: v,
+            sync_gradients=True,
+        )
         metrics = {"train": collections.defaultdict(list)}
         stub = types.SimpleNamespace(
-            _get_per_token_logps_and_entropies=lambda *a, **k: (pad(logp), pad(entropy), None), aux_loss_enabled=False,
-            top_entropy_quantile=top, off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta, args=args,
-            loss_type=loss_type, epsilon_low=low, epsilon_high=high,
-            use_vllm=weight is not None, vllm_importance_sampling_correction=True,
-            model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=1, accelerator=accelerator,
-            max_completion_length=COUNTS["max_new_tokens"], _entropy_bonus_enabled=entropy_coef != 0, use_adaptive_entropy=False,
-            entropy_coef=entropy_coef, _metrics=metrics)
+            _get_per_token_logps_and_entropies=lambda *a, **k: (pad(logp), pad(entropy), None),
+            aux_loss_enabled=False,
+            top_entropy_quantile=top,
+            off_policy_mask_threshold=None,
+            importance_sampling_level=level,
+            beta=beta,
+            args=args,
+            loss_type=loss_type,
+            epsilon_low=low,
+            epsilon_high=high,
+            use_vllm=weight is not None,
+            vllm_importance_sampling_correction=True,
+            model=types.SimpleNamespace(training=True),
+            current_gradient_accumulation_steps=1,
+            accelerator=accelerator,
+            max_completion_length=COUNTS["max_new_tokens"],
+            _entropy_bonus_enabled=entropy_coef != 0,
+            use_adaptive_entropy=False,
+            entropy_coef=entropy_coef,
+            _metrics=metrics,
+        )
         stub.get_high_entropy_mask = types.MethodType(trainer.get_high_entropy_mask, stub)
         ids = torch.zeros((N, C), dtype=torch.long)
-        inputs = dict(prompt_ids=ids[:, :1], prompt_mask=torch.ones((N, 1)), completion_ids=ids, completion_mask=mask.to(logp.dtype),
-                      advantages=x["adv"], old_per_token_logps=pad(x["old_logp"]), ref_per_token_logps=pad(x["ref_logp"]),
-                      num_items_in_batch=lengths.sum())
+        inputs = dict(
+            prompt_ids=ids[:, :1],
+            prompt_mask=torch.ones((N, 1)),
+            completion_ids=ids,
+            completion_mask=mask.to(logp.dtype),
+            advantages=x["adv"],
+            old_per_token_logps=pad(x["old_logp"]),
+            ref_per_token_logps=pad(x["ref_logp"]),
+            num_items_in_batch=lengths.sum(),
+        )
         if weight is not None:
             inputs["importance_sampling_ratio"] = pad(weight)
         value = trainer._compute_loss(stub, None, inputs)
@@ -689,30 +911,55 @@ def trl_loss():
     return run
 
 
-TRL_TYPES = {"grpo": ("clip", "sequence"), "dapo": ("clip", "token"), "dr_grpo": ("clip", "constant"), "bnpo": ("clip", "token"),
-             "cispo": ("cispo", "token")}
+TRL_TYPES = {
+    "grpo": ("clip", "sequence"),
+    "dapo": ("clip", "token"),
+    "dr_grpo": ("clip", "constant"),
+    "bnpo": ("clip", "token"),
+    "cispo": ("cispo", "token"),
+}
 
 
-@pytest.mark.parametrize("loss_type, level", [(t, "token") for t in TRL_TYPES] + [(t, "sequence") for t in TRL_TYPES if t != "cispo"])
+@pytest.mark.parametrize(
+    "loss_type, level",
+    [(t, "token") for t in TRL_TYPES] + [(t, "sequence") for t in TRL_TYPES if t != "cispo"],
+)
 def test_loss_gradient_and_clip_ratios_equal_trl(trl_loss, loss_type, level):
     objective, aggregate = TRL_TYPES[loss_type]
     objective = "gspo" if level == "sequence" else objective
-    x = batch(7, lengths=(3, 1, 5, 2, 4, 3, 2, 6))      # TRL's mean over a row of no tokens is NaN in its metrics
-    for beta, times, delta, (low, high) in itertools.product((0.0, 0.1), (False, True), (None, 1.3), ((0.2, 0.2), (0.1, 0.28))):
+    x = batch(7, lengths=(3, 1, 5, 2, 4, 3, 2, 6))  # TRL's mean over a row of no tokens is NaN in its metrics
+    for beta, times, delta, (low, high) in itertools.product(
+        (0.0, 0.1), (False, True), (None, 1.3), ((0.2, 0.2), (0.1, 0.28))
+    ):
         if level == "sequence" and times:
-            continue                                    # TRL takes the sequence's ratio there, DeepSeek-V3.2 and we the token's
-        trl_high = 1.2 if objective == "cispo" else high   # TRL reads cispo_max from epsilon_high: the confusion FORMULAS warns of
-        want, want_grad, _, metrics = trl_loss(x, loss_type=loss_type, level=level, low=low, high=trl_high, delta=delta, beta=beta,
-                                               times=times)
-        got, grad, _, stats = value_and_grad(x, objective=objective, aggregate=aggregate, clip_low=low, clip_high=high, cispo_max=1.2,
-                                             dual_clip=delta, beta=beta, kl_times_ratio=times, **COUNTS)
+            continue  # TRL takes the sequence's ratio there, DeepSeek-V3.2 and we the token's
+        trl_high = (
+            1.2 if objective == "cispo" else high
+        )  # TRL reads cispo_max from epsilon_high: the confusion FORMULAS warns of
+        want, want_grad, _, metrics = trl_loss(
+            x, loss_type=loss_type, level=level, low=low, high=trl_high, delta=delta, beta=beta, times=times
+        )
+        got, grad, _, stats = value_and_grad(
+            x,
+            objective=objective,
+            aggregate=aggregate,
+            clip_low=low,
+            clip_high=high,
+            cispo_max=1.2,
+            dual_clip=delta,
+            beta=beta,
+            kl_times_ratio=times,
+            **COUNTS,
+        )
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(grad, want_grad, rtol=1e-12, atol=1e-14)
         assert stats["entropy"] / stats["tokens"] == pytest.approx(metrics["entropy"])
         assert not beta or stats["kl"].item() / stats["tokens"].item() == pytest.approx(metrics["kl"])
-        if level == "token" and objective == "clip":    # TRL's mean over sequences in the other case
+        if level == "token" and objective == "clip":  # TRL's mean over sequences in the other case
             for k in ("low", "high", "region"):
-                assert (stats[f"clip_{k}"] / stats["tokens"]).item() == pytest.approx(metrics[f"clip_ratio/{k}_mean"], rel=1e-6)
+                assert (stats[f"clip_{k}"] / stats["tokens"]).item() == pytest.approx(
+                    metrics[f"clip_ratio/{k}_mean"], rel=1e-6
+                )
 
 
 def test_entropy_bonus_and_token_weight_equal_trl(trl_loss):
@@ -762,7 +1009,13 @@ def test_normalize_then_sum_equals_a_loop_with_nones_anywhere():
         values = [sums[k] for k in live]
         mean = sum(values) / max(1, len(values))
         std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0
-        want = torch.tensor([[(sums[b, i] - mean) / (std + 1e-4) if (b, i) in live else 0.0 for i in range(G)] for b in range(B)], dtype=F64)
+        want = torch.tensor(
+            [
+                [(sums[b, i] - mean) / (std + 1e-4) if (b, i) in live else 0.0 for i in range(G)]
+                for b in range(B)
+            ],
+            dtype=F64,
+        )
         torch.testing.assert_close(loss.normalize_then_sum(parts, weights), want, rtol=1e-9, atol=1e-9)
 
 
@@ -779,7 +1032,9 @@ def test_an_equal_group_stays_at_exactly_zero_also_when_rewards_are_normalised_a
     parts = torch.tensor([[[0.1, 3.0]] * 4, [[0.0, 3.0], [1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]])
     A = loss.normalize_then_sum(parts, torch.ones(2))
     assert (A[0] == 0).all() and (A[1] != 0).all()
-    assert (loss.normalize_then_sum(parts, torch.tensor([0.0, 1.0])) == 0).all()  # the part that differs has weight 0
+    assert (
+        loss.normalize_then_sum(parts, torch.tensor([0.0, 1.0])) == 0
+    ).all()  # the part that differs has weight 0
 
 
 def test_highest_entropy_keeps_the_fraction_asked_for():
@@ -792,7 +1047,10 @@ def test_highest_entropy_keeps_the_fraction_asked_for():
 
 
 def test_mismatch_weight_is_the_truncated_ratio_and_a_constant():
-    trainer, sampler = torch.tensor([-1.0, -2.0, -0.5, 0.0], requires_grad=True), torch.tensor([-1.0, -1.0, -2.0, -500.0])
+    trainer, sampler = (
+        torch.tensor([-1.0, -2.0, -0.5, 0.0], requires_grad=True),
+        torch.tensor([-1.0, -1.0, -2.0, -500.0]),
+    )
     w = loss.mismatch_weight(trainer, sampler, 2.0)
     assert not w.requires_grad
     torch.testing.assert_close(w, torch.tensor([1.0, math.exp(-1), 2.0, 2.0]))

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_step.py
 The oracle of the gradient is written as a paper would: every sequence by itself through transformers' model, log_softmax over whole logits, the
 objective token by token, autograd. Nothing is shared with model.py, kernels/ and loss.py but the weights.
 """
+
 import itertools
 
 import peft
@@ -19,7 +20,9 @@ from conftest import TINY
 from test_lora import adapted
 from test_model import FAMILIES, oracle
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # PEFT's and TRL's
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)  # PEFT's and TRL's
 ALL = models.ATTENTION + models.MLP
 G = torch.Generator
 
@@ -28,7 +31,11 @@ def ragged(seed=0, V=61):
     """Three groups of different sizes: prompts of 1 to 9 ids, completions of 1 to 13. (prompts, completions)"""
     g = G().manual_seed(seed)
     draw = lambda n: torch.randint(0, V, (n,), generator=g).tolist()
-    return [draw(7), draw(1), draw(9)], [[draw(13), draw(1), draw(4), draw(6)], [draw(5), draw(2)], [draw(11)]]
+    return [draw(7), draw(1), draw(9)], [
+        [draw(13), draw(1), draw(4), draw(6)],
+        [draw(5), draw(2)],
+        [draw(11)],
+    ]
 
 
 def constants(prompts, completions, logp, dtype):
@@ -36,7 +43,10 @@ def constants(prompts, completions, logp, dtype):
     g, N = G().manual_seed(3), sum(map(len, completions))
     adv = torch.randn(N, generator=g, dtype=torch.float64)
     adv[2] = 0.0
-    old, ref = (logp.detach().double() + 0.3 * torch.randn(len(logp), generator=g, dtype=torch.float64) for _ in range(2))
+    old, ref = (
+        logp.detach().double() + 0.3 * torch.randn(len(logp), generator=g, dtype=torch.float64)
+        for _ in range(2)
+    )
     return old.to(dtype), ref.to(dtype), adv.to(dtype)
 
 
@@ -82,24 +92,43 @@ def assert_same_gradients(ours: dict, theirs: dict, tolerance):
 
 def our_loss(model, prompts, completions, old, ref, adv, temperature, micro_tokens):
     """Loss and backward over micro-batches, as train.py does it. Returns the loss and the number of micro-batches."""
-    flat_numbers = dict(zip(((b, g) for b, group in enumerate(completions) for g in range(len(group))), itertools.count()))
+    flat_numbers = dict(
+        zip(((b, g) for b, group in enumerate(completions) for g in range(len(group))), itertools.count())
+    )
     lengths = [len(c) for group in completions for c in group]
     (old, ref), total = (x.split(lengths) for x in (old, ref)), 0.0
     norm = losses.normaliser(lengths, aggregate="token")
     cuts = models.micro_batches(prompts, completions, micro_tokens)
     for cut in cuts:
         numbers = [flat_numbers[b, g] for b, members in cut for g in members]
-        logp, entropy, rows = model.completion_logprobs([prompts[b] for b, _ in cut], [[completions[b][g] for g in members] for b, members in cut], temperature=temperature)
-        loss, _ = losses.policy_loss(logp, torch.cat([old[n] for n in numbers]), adv[numbers], rows, ref_logp=torch.cat([ref[n] for n in numbers]), entropy=entropy, norm=norm, **OPTIONS)
+        logp, entropy, rows = model.completion_logprobs(
+            [prompts[b] for b, _ in cut],
+            [[completions[b][g] for g in members] for b, members in cut],
+            temperature=temperature,
+        )
+        loss, _ = losses.policy_loss(
+            logp,
+            torch.cat([old[n] for n in numbers]),
+            adv[numbers],
+            rows,
+            ref_logp=torch.cat([ref[n] for n in numbers]),
+            entropy=entropy,
+            norm=norm,
+            **OPTIONS,
+        )
         loss.backward()
         total += float(loss.detach())
     return total, len(cuts)
 
 
 # --------------------------------------------------------------------------------- transformers, autograd and the naive formula
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"]
+)
 @pytest.mark.parametrize("name", ["llama with biases", "llama tied", "qwen2", "qwen3", "mistral wide heads"])
-def test_every_gradient_of_a_step_equals_transformers_on_the_naive_formula(name, dtype, tolerance, tmp_path, monkeypatch):
+def test_every_gradient_of_a_step_equals_transformers_on_the_naive_formula(
+    name, dtype, tolerance, tmp_path, monkeypatch
+):
     """Full fine-tuning: embedding, tied or not, norms and biases included; and the same where groups are cut into micro-batches."""
     theirs, (prompts, completions) = oracle(FAMILIES[name], tmp_path), ragged()
     theirs = in_double(theirs, monkeypatch) if dtype == torch.float64 else theirs
@@ -116,13 +145,29 @@ def test_every_gradient_of_a_step_equals_transformers_on_the_naive_formula(name,
         assert (cuts > 3) == (micro_tokens == 22)
         assert abs(got - float(want)) <= tolerance * max(1, abs(float(want)))
         ours = dict(model.named_parameters())
-        assert_same_gradients({hf: ours[mine].grad[rows] for hf, (mine, rows) in models.border_names(model).items()}, theirs, tolerance)
+        assert_same_gradients(
+            {hf: ours[mine].grad[rows] for hf, (mine, rows) in models.border_names(model).items()},
+            theirs,
+            tolerance,
+        )
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("name, targets", [("llama with biases", ("q_proj", "v_proj")), ("qwen2", ALL), ("qwen3", ("k_proj", "o_proj", "down_proj")), ("mistral wide heads", ALL)],
-                         ids=["llama", "qwen2", "qwen3", "mistral"])
-def test_every_gradient_of_an_adapter_equals_pefts_on_the_naive_formula(name, targets, dtype, tolerance, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"]
+)
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        ("llama with biases", ("q_proj", "v_proj")),
+        ("qwen2", ALL),
+        ("qwen3", ("k_proj", "o_proj", "down_proj")),
+        ("mistral wide heads", ALL),
+    ],
+    ids=["llama", "qwen2", "qwen3", "mistral"],
+)
+def test_every_gradient_of_an_adapter_equals_pefts_on_the_naive_formula(
+    name, targets, dtype, tolerance, tmp_path, monkeypatch
+):
     oracle(FAMILIES[name], tmp_path / "base")
     model = lora.apply(models.load(str(tmp_path / "base"), dtype=dtype), rank=3, alpha=6.0, targets=targets)
     g = G().manual_seed(1)
@@ -150,7 +195,9 @@ def gradient_views(model) -> dict:
     places = {p.data_ptr(): (name, p.shape) for name, p in lora.peft_names(model).items()}
     found = {}
     for layer in lora.layers(model).values():
-        for part, dA, A, B in zip(layer.targets, layer.A.grad.split(layer.rank), layer.A.split(layer.rank), layer.B):
+        for part, dA, A, B in zip(
+            layer.targets, layer.A.grad.split(layer.rank), layer.A.split(layer.rank), layer.B
+        ):
             found[places[A.data_ptr()][0]], found[places[B.data_ptr()][0]] = dA, B.grad
     return found
 
@@ -186,8 +233,16 @@ def full(**options):
     return models.create(dict(TINY, num_hidden_layers=6), seed=0, **options)
 
 
-@pytest.mark.parametrize("make", [full, lambda: adapted(config=dict(TINY, num_hidden_layers=6)), lambda: adapted(("q_proj", "down_proj"), dropout=0.3, config=dict(TINY, num_hidden_layers=6)),
-                                  lambda: full(dtype=torch.bfloat16)], ids=["full", "lora", "lora with dropout", "full, bf16"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        full,
+        lambda: adapted(config=dict(TINY, num_hidden_layers=6)),
+        lambda: adapted(("q_proj", "down_proj"), dropout=0.3, config=dict(TINY, num_hidden_layers=6)),
+        lambda: full(dtype=torch.bfloat16),
+    ],
+    ids=["full", "lora", "lora with dropout", "full, bf16"],
+)
 def test_checkpointing_a_layer_at_a_time_gives_the_same_bits_and_keeps_a_quarter(make):
     model, (prompts, completions) = make().train(), ragged(V=48)
     found = {}
@@ -199,7 +254,11 @@ def test_checkpointing_a_layer_at_a_time_gives_the_same_bits_and_keeps_a_quarter
             logp, entropy, _ = model.completion_logprobs(prompts, completions)
             (logp.sum() - entropy.sum()).backward()
         after = torch.rand(3)  # the generator goes on as if no layer had run twice
-        found[checkpointing] = kept.bytes, [logp.detach(), entropy.detach(), after] + [p.grad for p in model.parameters() if p.requires_grad]
+        found[checkpointing] = (
+            kept.bytes,
+            [logp.detach(), entropy.detach(), after]
+            + [p.grad for p in model.parameters() if p.requires_grad],
+        )
     assert all(torch.equal(a, b) for a, b in zip(found[False][1], found[True][1], strict=True))
     assert found[True][0] < found[False][0] / 4
 
@@ -239,14 +298,19 @@ def trl_run(request, tmp_path_factory):
 
     folder, steps = tmp_path_factory.mktemp("trl"), []
     # weights small enough that the entropy of 48 words leaves completions of every length
-    models.save(models.create(dict(TINY, initializer_range=0.15, architectures=["LlamaForCausalLM"]), seed=0), str(folder / "base"))
+    models.save(
+        models.create(dict(TINY, initializer_range=0.15, architectures=["LlamaForCausalLM"]), seed=0),
+        str(folder / "base"),
+    )
 
     class Record(TrainerCallback):
         def on_pre_optimizer_step(self, *_, model, **__):  # after clipping
             steps[-1]["grads"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
         def on_optimizer_step(self, *_, model, **__):
-            steps[-1]["weights"] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            steps[-1]["weights"] = {
+                n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+            }
 
     class Trainer(grpo.GRPOTrainer):
         def _compute_loss(self, model, inputs):
@@ -254,13 +318,43 @@ def trl_run(request, tmp_path_factory):
             steps.append(dict(inputs=inputs, loss=loss.detach()))
             return loss
 
-    config = grpo.GRPOConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, per_device_train_batch_size=12, num_generations=4, max_completion_length=14, beta=0.05, max_steps=STEPS,
-                             learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.1, adam_epsilon=1e-4, gradient_checkpointing=False, report_to="none", save_strategy="no",
-                             logging_strategy="no", disable_tqdm=True, temperature=0.9, seed=1, use_bias_correction_kl=request.param == "full")
-    adapters = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM") if request.param == "lora" else None
+    config = grpo.GRPOConfig(
+        output_dir=str(folder / "out"),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=12,
+        num_generations=4,
+        max_completion_length=14,
+        beta=0.05,
+        max_steps=STEPS,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.1,
+        adam_epsilon=1e-4,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        temperature=0.9,
+        seed=1,
+        use_bias_correction_kl=request.param == "full",
+    )
+    adapters = (
+        peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+        if request.param == "lora"
+        else None
+    )
     prompts = [" ".join(f"w{(7 * i + j * j) % 46 + 2}" for j in range(2 + i % 4)) for i in range(12)]
-    trainer = Trainer(str(folder / "base"), args=config, processing_class=tokenizer(), peft_config=adapters, callbacks=[Record()], reward_funcs=reward,
-                      train_dataset=Dataset.from_dict(dict(prompt=prompts)))
+    trainer = Trainer(
+        str(folder / "base"),
+        args=config,
+        processing_class=tokenizer(),
+        peft_config=adapters,
+        callbacks=[Record()],
+        reward_funcs=reward,
+        train_dataset=Dataset.from_dict(dict(prompt=prompts)),
+    )
     start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     return folder / "base", start, steps
@@ -269,13 +363,21 @@ def trl_run(request, tmp_path_factory):
 def rollouts(inputs):
     """TRL's padded, shuffled inputs as ragged groups: (prompts B, completions (B, G), flat old_logp or None, flat ref_logp, advantages (N,))."""
     real = lambda ids, mask: [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
-    prompts, completions = real(inputs["prompt_ids"], inputs["prompt_mask"]), real(inputs["completion_ids"], inputs["completion_mask"])
+    prompts, completions = (
+        real(inputs["prompt_ids"], inputs["prompt_mask"]),
+        real(inputs["completion_ids"], inputs["completion_mask"]),
+    )
     order = sorted(range(12), key=lambda n: prompts[n])
     groups = [order[i : i + 4] for i in (0, 4, 8)]
     assert all(prompts[n] == prompts[group[0]] for group in groups for n in group)
     flat = lambda x: x[order][inputs["completion_mask"][order].bool()] if x is not None else None
-    return ([prompts[group[0]] for group in groups], [[completions[n] for n in group] for group in groups],
-            flat(inputs.get("old_per_token_logps")), flat(inputs["ref_per_token_logps"]), inputs["advantages"][order])
+    return (
+        [prompts[group[0]] for group in groups],
+        [[completions[n] for n in group] for group in groups],
+        flat(inputs.get("old_per_token_logps")),
+        flat(inputs["ref_per_token_logps"]),
+        inputs["advantages"][order],
+    )
 
 
 def test_whole_steps_equal_trls(trl_run):
@@ -287,11 +389,15 @@ def test_whole_steps_equal_trls(trl_run):
         names = {name.replace(".weight", ".default.weight"): p for name, p in lora.peft_names(model).items()}
         for name, p in start.items():
             names[name].data.copy_(p)
-        grads = lambda: {name.replace(".weight", ".default.weight"): x for name, x in gradient_views(model).items()}
+        grads = lambda: {
+            name.replace(".weight", ".default.weight"): x for name, x in gradient_views(model).items()
+        }
     else:
         named = dict(model.named_parameters())
         names = {hf: named[mine].detach()[rows] for hf, (mine, rows) in models.border_names(model).items()}
-        grads = lambda: {hf: named[mine].grad[rows] for hf, (mine, rows) in models.border_names(model).items()}
+        grads = lambda: {
+            hf: named[mine].grad[rows] for hf, (mine, rows) in models.border_names(model).items()
+        }
     reference = model if with_lora else models.load(str(folder))
     optimizer = optim.AdamW(list(model.named_parameters()), lr=LR, eps=1e-4)
     lengths = set()
@@ -304,7 +410,16 @@ def test_whole_steps_equal_trls(trl_run):
             ref_logp, _, _ = reference.completion_logprobs(prompts, completions, temperature=0.9)
         torch.testing.assert_close(ref_logp, ref, rtol=1e-5, atol=1e-5)
         logp, entropy, rows = model.completion_logprobs(prompts, completions, temperature=0.9)
-        loss, _ = losses.policy_loss(logp, logp.detach() if old is None else old, ours, rows, ref_logp=ref_logp, entropy=entropy, beta=0.05, kl_times_ratio=not with_lora)
+        loss, _ = losses.policy_loss(
+            logp,
+            logp.detach() if old is None else old,
+            ours,
+            rows,
+            ref_logp=ref_logp,
+            entropy=entropy,
+            beta=0.05,
+            kl_times_ratio=not with_lora,
+        )
         torch.testing.assert_close(loss.detach(), step["loss"], rtol=1e-5, atol=2e-6)
         loss.backward()
         norm = optimizer.step(LR, max_norm=0.1)
@@ -312,6 +427,8 @@ def test_whole_steps_equal_trls(trl_run):
         assert_same_gradients(grads(), step["grads"], 2e-5)
         for name, p in step["weights"].items():
             assert float((names[name].detach() - p).abs().max()) < 0.01 * LR, name
-            names[name].data.copy_(p)  # to the bit: Adam divides small gradients by themselves, and rounding would grow from step to step
+            names[name].data.copy_(
+                p
+            )  # to the bit: Adam divides small gradients by themselves, and rounding would grow from step to step
         optimizer.zero_grad()
     assert len(steps) == STEPS and len(lengths) > 3
