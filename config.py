@@ -31,9 +31,7 @@ class Config:
     # -- model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # checkpoint folder, or hub id
     adapter: str = ""  # PEFT adapter folder to start from; "" starts from a fresh adapter
-    scratch: dict | None = (
-        None  # instead of `model`: sizes, as in a config.json, of a model of random weights
-    )
+    scratch: dict | None = None  # instead of `model`: sizes, as in a config.json, of random weights
     alphabet: str = ""  # the characters a scratch model's tokenizer knows
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
     device: str = "auto"  # cpu | cuda | cuda:1; auto: the GPU if there is one
@@ -55,7 +53,7 @@ class Config:
     # -- the batch: these three knobs and no others
     prompts_per_step: int = 8  # B, prompts of one update, over all ranks
     group_size: int = 8  # G, completions a prompt
-    micro_tokens: int = 8192  # tokens of one forward and backward; fewer need less memory, same gradient
+    micro_tokens: int = 0  # tokens of one forward and backward, same gradient; 0: by memory (a CPU: 8,192)
     # -- sampling
     max_new_tokens: int = 256  # longest completion, tokens
     temperature: float | FunctionType = 1.0  # of sampler and trainer alike; or a function of the step
@@ -103,6 +101,7 @@ class Config:
     lora_rank: int = 32  # 0: full fine-tuning
     lora_alpha: float = 64.0  # the adapter's output counts alpha / rank
     lora_dropout: float = 0.0
+    lora_merge: str = "auto"  # auto (on a GPU with room) | on | off: compute with W + BA, made once an update
     lora_targets: tuple = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     # -- supervised warm-up on the task's demonstrations, before the first step
     sft_steps: int = 0  # 0: none
@@ -298,12 +297,13 @@ CHOICES = dict(
     combine=("sum", "normalize_then_sum"),
     kernels=("auto", "torch", "triton"),
     checkpointing=("none", "layers"),
+    lora_merge=("auto", "on", "off"),
     schedule=("constant", "cosine", "linear"),
     wandb=("", "online", "offline"),
     sandbox=("auto", "strict"),
 )
 AT_LEAST = dict(
-    prompts_per_step=1, group_size=1, micro_tokens=1, max_new_tokens=1, temperature=0, top_k=0, steps=0,
+    prompts_per_step=1, group_size=1, micro_tokens=0, max_new_tokens=1, temperature=0, top_k=0, steps=0,
     lr=0, beta=0, lora_rank=0, sft_steps=0, sft_batch=1, eval_every=0, eval_problems=1, eval_samples=1,
     save_every=0, keep=0, rollouts_every=0, show_every=0, warmup_steps=0, epochs=1, minibatches=1,
     resample_budget=0, ref_sync_every=0, ref_mix=0,
@@ -320,7 +320,7 @@ def check_values(c: Config) -> Config:
         value = getattr(c, key)
         if not callable(value) and value < least:
             raise ValueError(f"{key} = {value!r} is too small: {least} is the least")
-    for refuse in (refuse_shares, refuse_batch, refuse_reference):
+    for refuse in (refuse_shares, refuse_batch, refuse_reference, refuse_merging):
         refuse(c)
     return c
 
@@ -365,6 +365,14 @@ def refuse_reference(c: Config):
         raise ValueError(
             "ref_sync_every moves a copy of the model towards the policy: "
             "it needs beta > 0 and full fine-tuning, lora_rank = 0"
+        )
+
+
+def refuse_merging(c: Config):
+    if c.lora_merge == "on" and c.lora_dropout:
+        raise ValueError(
+            "lora_merge = 'on' has one input for base and adapter, so it cannot have lora_dropout: "
+            "set that to 0, or lora_merge to 'off'"
         )
 
 
@@ -418,6 +426,6 @@ def evaluation_options(c: Config) -> dict:
 def warm_up_options(c: Config) -> dict:
     """warmup.warm_up's keywords."""
     return dict(
-        steps=c.sft_steps, batch=c.sft_batch, lr=c.sft_lr, seed=c.seed, micro_tokens=c.micro_tokens,
+        steps=c.sft_steps, batch=c.sft_batch, lr=c.sft_lr, seed=c.seed, micro_tokens=c.micro_tokens or 8192,
         system=c.system_prompt, prefill=c.prefill,
     )  # fmt: skip

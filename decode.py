@@ -1,11 +1,11 @@
-"""The decoding step, on static buffers: one token for every row in a slot. On a GPU it is recorded in CUDA
-graphs.
+"""The decoding step, on static buffers: a token for every row in a slot. On a GPU it runs in CUDA graphs.
 
-    slots = Slots(model, groups=9, slots=64, prompt_tokens=128, new_tokens=255, block=8) slots.begin(model,
-    choose, stop_ids=[2], slots=64, cuda_graphs=True) slots.enter(...);  slots.seat(...)               # rows
-    go into slots; where their prompts are slots.run(n, 8, longest)                         # starts 8 steps
-    of slots 0..n-1 and returns at once tokens, logps, entropies = slots.read()          # of the oldest block
-    that has not been read; waits for it
+    slots = Slots(model, groups=9, slots=64, prompt_tokens=128, new_tokens=255, block=8)
+    slots.begin(model, choose, stop_ids=[2], slots=64, cuda_graphs=True)
+    slots.enter(...)                          # rows go into slots
+    slots.seat(...)                           # where their prompts are
+    slots.run(n, 8, longest)                  # starts 8 steps of slots 0..n-1 and returns at once
+    tokens, logps, entropies = slots.read()   # of the oldest block that has not been read; waits for it
 
 A *slot* is one row's seat in the batch: the token to feed next, how many tokens it has drawn, its own keys. A
 *block* is a number of steps between two looks of the host: 1 on a CPU, 8 on a GPU. A *place* holds a prompt's
@@ -62,9 +62,8 @@ class GridAttention:
     no key is expanded.
     """
 
-    records = (
-        False  # the grid's shape and the longest row are Python numbers: a recording would keep old ones
-    )
+    # The grid's shape and the longest row are Python numbers: a recording would keep old ones.
+    records = False
 
     def __init__(self, cache: Cache, slots: int, model):
         self.cache = cache
@@ -81,7 +80,8 @@ class GridAttention:
 
     def enter(self, slots, prompt_lengths):
         """New rows are in slots (i,): each sees its prompt, prompt_lengths (i,), and nothing of its own
-        yet."""
+        yet.
+        """
         seen = self.prompt_position < prompt_lengths[:, None]  # (i, P)
         self.mask[slots] = float("-inf")
         self.mask[slots, 0, 0, : self.cache.P] = torch.where(seen, 0.0, float("-inf")).to(self.mask.dtype)
@@ -105,7 +105,8 @@ class GridAttention:
 
     def advance(self, own, prompt_lengths, longest: int):
         """Before a step: rows have `own` (n,) tokens in their slots, `longest` at most, and their next key
-        opens."""
+        opens.
+        """
         n = len(own)
         self.visible = longest + 1  # own keys that any row sees
         self.write = (self.first_key[:n] + own[:, None]).flatten()
@@ -144,7 +145,8 @@ class GridAttention:
 
 class TableAttention:
     """The Triton form: the kernel finds a row's keys by its line of a table on the device. The host is not
-    needed."""
+    needed.
+    """
 
     records = True
 
@@ -215,7 +217,7 @@ class Slots:
         self.state = (self.token, self.own, self.prompt_length, self.limit, self.done, self.keys)
 
         self.stop = zeros(model.shape.V, dtype=torch.bool)  # whether an id ends a row
-        self.policy = zeros(3, dtype=torch.float32)  # temperature, top_p, min_p, where a graph reads them
+        self.policy = zeros(3, dtype=torch.float64)  # temperature, top_p, min_p, where a graph reads them
         self.number = zeros(1)  # of the step in its block
         # id, log-probability and entropy, in one tensor for one copy to the host; fp64 holds them all exactly
         self.drawn = zeros(3, block, slots, dtype=torch.float64)
@@ -232,7 +234,8 @@ class Slots:
 
     def holds(self, *, block: int, **sizes) -> bool:
         """Whether a call of these sizes can run here, with fewer slots and places only if these were all that
-        fitted."""
+        fitted.
+        """
         exact = ("prompt_tokens", "new_tokens")
         room = {
             name: self.sizes[name] if name in exact else max(self.sizes[name], self.asked[name])
@@ -344,7 +347,8 @@ class Slots:
 
     def read(self):
         """What the oldest unread block drew: ids, log-probabilities, entropies, each steps lists of n. Waits
-        for it."""
+        for it.
+        """
         which, steps, n = self.unread.popleft()
         if self.on_gpu:
             self.events[which].synchronize()
@@ -392,9 +396,8 @@ def upload(x: list, device):
 def addresses(model):
     """What a recorded step knows of the weights: where they lie, and as what."""
     tensors = list(model.parameters())
-    for (
-        module
-    ) in model.modules():  # weights with the adapter added in (lora.py) are read instead of the base's
+    for module in model.modules():
+        # A weight with the adapter added in (lora.merge) is read instead of the base's.
         if getattr(module, "merged", None) is not None:
             tensors.append(module.merged)
     return [(t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors]

@@ -96,9 +96,8 @@ def whole_rows(tokens, objective) -> dict:
     """The tokens as policy_loss's arguments for a call that has every token of its rows."""
     arguments = tokens.arguments()
     if takes_whole_rows(objective["objective"]):
-        arguments["lengths"] = (
-            None  # counted there: policy_loss refuses lengths, which say that rows may be cut
-        )
+        # Counted there: policy_loss refuses lengths, which say that rows may be cut.
+        arguments["lengths"] = None
     return arguments
 
 

@@ -208,6 +208,27 @@ def unmerge(model):
     return model
 
 
+@contextmanager
+def unmerged(model):
+    """Inside, base and adapter are computed apart; afterwards the merged weights count again, as they were.
+
+    For a look at the model with other numbers in its adapters, which must be put back before the end.
+    """
+    held = {layer: layer.merged for layer in layers(model).values()}
+    unmerge(model)
+    try:
+        yield model
+    finally:
+        for layer, merged in held.items():
+            layer.merged = merged
+            layer.merged_from = None if merged is None else versions((layer.A, *layer.B))
+
+
+def merged_bytes(model) -> int:
+    """What the merged weights take: a second copy of every adapted layer's weight."""
+    return sum(layer.base.weight.nbytes for layer in layers(model).values())
+
+
 def merged_state(model) -> dict[str, torch.Tensor]:
     """Parameter names of the model without LoRA -> tensors with the adapters added in.
 

@@ -184,6 +184,18 @@ class Transformer(nn.Module):
         sin = (torch.sin(angles) * self.rope_scale).to(self.dtype)
         return cos, sin
 
+    def bytes_per_token(self) -> int:
+        """About what a forward keeps of each token for the backward, without the head's chunks.
+
+        A layer keeps its two inputs, their norms and the two sums, q, k, v before and after the rotation, the
+        attention's output, and gate, up and their product. With checkpointing, its input alone.
+        """
+        s = self.shape
+        projections = (s.H + 2 * s.K) * s.E + (s.H + s.K) * s.E + s.H * s.E
+        layer = 6 * s.D + projections + 3 * s.intermediate
+        kept = s.L * s.D + layer if self.checkpointing else s.L * layer
+        return kept * self.embed.itemsize
+
     def logits(self, ids):
         """Next-token logits (T, V) fp32 of one sequence ids (T,)."""
         # A sequence by itself is a prompt that nobody completes.

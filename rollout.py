@@ -1,9 +1,8 @@
-"""Sampling: each prompt is prefilled once, its group's rows decode in slots, a free slot goes to the next
-row.
+"""Sampling: a prompt is prefilled once, its group's rows decode in slots, a free slot goes to the next row.
 
-    sampler = Sampler(model, slots=64)                                     # once a run rollout =
-    sampler.generate(prompts, group_size=8, max_new_tokens=256, stop_ids=[2], seed=0, step=0) rollout.ids[n],
-    rollout.logprobs[n], rollout.stopped[n]                # row n answers prompt n // group_size
+    sampler = Sampler(model, slots=64)          # once a run
+    rollout = sampler.generate(prompts, group_size=8, max_new_tokens=256, stop_ids=[2], seed=0, step=0)
+    rollout.ids[n], rollout.logprobs[n], rollout.stopped[n]       # row n answers prompt n // group_size
 
 A completion is the list of ids that were drawn, the stop id included, each with the log-probability of the
 distribution it was drawn from (temperature and truncation included). Ids never become text and come back.
@@ -48,17 +47,12 @@ from model import Packed
 
 # Prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations.
 PREFILL_TOKENS = 8192
-PREFILL_TOKENS_TRITON = (
-    32768  # a GPU has the memory, and each prefill costs its host as much as a dozen steps
-)
+# A GPU has the memory, and each prefill costs its host as much as a dozen steps.
+PREFILL_TOKENS_TRITON = 32768
 
 # Completions that may be this long are sampled on packed weights: copying them takes as long as a dozen steps
 # save.
 PACK_STEPS = 16
-
-# Whether the sampling kernel reads temperature, top_p and min_p from tensors on the device, so that a
-# recorded step does not depend on their values.
-POLICY_ON_DEVICE = False
 
 
 @dataclass
@@ -278,7 +272,7 @@ class Sampler:
         self.greedy, self.temperature = temperature == 0, temperature
         self.top_k, self.top_p, self.min_p = top_k, top_p, min_p
         static = (temperature, top_k, top_p, min_p, self.wants_entropy)
-        if POLICY_ON_DEVICE and self.slots.can_record(self.cuda_graphs):
+        if self.slots.can_record(self.cuda_graphs):
             static = self.put_policy_on_device()
         self.slots.begin(
             self.twin,
@@ -298,10 +292,10 @@ class Sampler:
         numbers = self.slots.policy
         numbers.copy_(torch.tensor([self.temperature, self.top_p, self.min_p]))
         self.temperature = numbers[0]
-        if not sampling.on_triton(numbers):
+        if not sampling.on_triton(numbers.float()):  # torch's truncation asks what its options are
             return self.greedy, self.top_k, self.top_p, self.min_p, self.wants_entropy
         static = (self.greedy, self.top_k, self.top_p < 1, self.min_p > 0, self.wants_entropy)
-        # without a cut the kernel is another one, which has to be known when it is launched
+        # without a cut other kernels run, which has to be known when they are launched
         if self.top_p < 1:
             self.top_p = numbers[1]
         if self.min_p > 0:
@@ -311,7 +305,8 @@ class Sampler:
     # ------------------------------------------------------------------------------------------------ prefill
     def prefill(self, wanted: int):
         """Prefills whole groups, as many as `wanted` rows and the free places ask for, and draws their first
-        tokens."""
+        tokens.
+        """
         most_tokens = PREFILL_TOKENS_TRITON if self.prompts_first else PREFILL_TOKENS
         first, batch, tokens = len(self.placed), [], 0
         while self.queue and len(batch) * self.G < wanted and len(self.placed) < self.places:
@@ -336,7 +331,8 @@ class Sampler:
     # -------------------------------------------------------------------------------------------------- seats
     def seat(self):
         """Gives free slots to waiting rows, prefilling prompts for them as needed; what stays free is closed
-        up."""
+        up.
+        """
         free = [slot for slot, row in enumerate(self.live) if self.ended[row]]
         vacant = free + list(range(len(self.live), self.slot_count))
         while self.queue and len(self.waiting) < len(vacant) and len(self.placed) < self.places:
@@ -378,7 +374,8 @@ class Sampler:
     # ------------------------------------------------------------------------------------- running, recording
     def run_block(self) -> bool:
         """Starts a block of steps of all live rows. False: the blocks that run take every row to its limit
-        already."""
+        already.
+        """
         coming = {row: steps for rows, steps in self.running for row in rows}
         tokens = [len(self.ids[row]) + coming.get(row, 0) for row in self.live]
         left = max(self.limits[row] - n for row, n in zip(self.live, tokens))
@@ -434,7 +431,8 @@ class Sampler:
 
     def leave(self, b: int):
         """A row of prompt b is finished. When it was the last, nobody reads the prompt: the last one takes
-        its place."""
+        its place.
+        """
         self.left[b] -= 1
         if self.left[b]:
             return
@@ -494,7 +492,8 @@ class Sampler:
 
 class Prefill(Packed):
     """The plan of prompts alone, which also leaves their keys and values in the cache: prompt i in
-    places[i]."""
+    places[i].
+    """
 
     def __init__(self, model, prompts, cache, places: list[int]):
         super().__init__(model, prompts, [[] for _ in prompts])

@@ -65,6 +65,9 @@ class Run:
         self.resumed, moments = self.find_checkpoint()  # before minutes of loading: is it this run's?
         self.load_models()
         self.model.checkpointing = cfg.checkpointing == "layers"
+        self.merges = merges_adapters(cfg, self.model)
+        self.weights_changed()
+        self.micro_tokens = cfg.micro_tokens  # 0: chosen by memory before the first update
         self.sampler = Sampler(self.model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
         self.optimizer = optim.AdamW(
             list(self.model.named_parameters()),
@@ -181,11 +184,12 @@ class Run:
             with lora.disabled(self.model):
                 yield self.model
         else:
-            with self.adapter_of_the_start():
+            with lora.unmerged(self.model), self.adapter_of_the_start():
                 yield self.model
 
     @contextlib.contextmanager
     def adapter_of_the_start(self):
+        """Puts the numbers of the adapter that training started from in the place of today's."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         now = [p.data for p in trained]
         for p, start in zip(trained, self.start_adapter):
@@ -195,6 +199,11 @@ class Run:
         finally:
             for p, data_now in zip(trained, now):
                 p.data = data_now
+
+    def weights_changed(self):
+        """To be called after each update: what is made from the weights is made again."""
+        if self.merges:
+            lora.merge(self.model)
 
     @torch.no_grad()
     def sync_reference(self, step: int):
@@ -216,6 +225,24 @@ class Run:
         save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base=self.base)
         if self.cfg.ref_sync_every:  # a reference that moves is state, too
             save_policy(self.reference, self.tokenizer, self.stop_ids, str(folder / "reference"), base="")
+
+
+def merges_adapters(cfg, model) -> bool:
+    """Whether sampler and trainer both compute with W' = W + scale * B A, made once an update (lora.merge).
+
+    The adapter then costs nothing in sampling, where its thin products double a decoding step on a GPU, and
+    the policy is to the bit the model that is exported. It takes a second copy of the adapted weights,
+    since the reference needs W. "auto": on a GPU with room for that copy four times over, and without
+    dropout.
+    """
+    if not cfg.lora_rank or cfg.lora_merge == "off":
+        return False
+    if cfg.lora_merge == "on":
+        return True
+    if model.device.type != "cuda" or cfg.lora_dropout:
+        return False
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return 4 * lora.merged_bytes(model) < free
 
 
 def refuse_uneven_ranks(cfg):

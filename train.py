@@ -55,9 +55,9 @@ from run import Run
 # single tokens differ by tenths between two correct implementations, so there the mean is what tells a
 # wrong model from a rounded one.
 MISMATCH = {torch.float32: ("max", 1e-3), torch.bfloat16: ("mean", 0.05)}
-EXTRA_PROMPTS = (
-    7_919  # added to the seed for the prompts of dynamic sampling: neither the steps' nor the warm-up's
-)
+# Added to the seed for the prompts of dynamic sampling, so that they are neither the steps' nor the
+# warm-up's.
+EXTRA_PROMPTS = 7_919
 
 
 class Stop(Exception):
@@ -72,12 +72,14 @@ class Stop(Exception):
 
 def begin_step(run, number: int) -> Step:
     cfg = run.cfg
-    torch.manual_seed(
-        hash((cfg.seed, number - 1, rank()))
-    )  # LoRA dropout, the only torch randomness there is
+    # LoRA's dropout is the only thing that torch's generator draws. Seeded anew in each step, it does not
+    # depend on where a run was resumed.
+    torch.manual_seed(hash((cfg.seed, number - 1, rank())))
     lr = optim.learning_rate(
         number - 1, lr=cfg.lr, warmup_steps=cfg.warmup_steps, steps=cfg.steps, schedule=cfg.schedule
     )
+    # Ranks take every world-th row. The numbers go with the rows, so that a prompt's completions are the same
+    # ids on any rank and with any number of ranks.
     return Step(
         number=number,
         rows=run.task.batch(number - 1, cfg.prompts_per_step, cfg.seed)[rank() :: world()],
@@ -105,14 +107,20 @@ def train_step(run, number: int) -> dict:
     """One step: sample, score, compare within groups, learn. Returns its row for metrics.jsonl."""
     cfg = run.cfg
     step = begin_step(run, number)
+
+    # Sample G completions of each prompt and score them. Every rank works on its own prompts, and from here
+    # on every rank knows all rewards: a baseline, a scale or a mean may need them.
     batch = sample_and_score(run, step, step.rows, step.numbers)
     step.drawn = step.scores = gather_scores(batch)
     if number == 1 and not cfg.force:
+        # A run in which no group has two different rewards would burn hours and learn nothing.
         refuse_hopeless(step.drawn.rewards, step.drawn.stopped, cfg.max_new_tokens)
     if cfg.resample_zero_groups:
         resample(run, step, batch)
         step.scores = gather_scores(batch)
 
+    # A completion is good if it beats its group; make its tokens likelier, and those of the others less
+    # likely.
     A, advantage_state = advantages_of(run, step)  # (B, G), of all ranks
     batch.adv = A.chunk(world())[rank()].reshape(-1)  # (n,)
     metrics = learn(run, step, batch)
@@ -124,6 +132,7 @@ def train_step(run, number: int) -> dict:
     run.state = dict(step=number, num_tokens=num_tokens, advantage=advantage_state)
     run.sync_reference(number)
 
+    # All below is for people: it changes nothing that is learnt.
     epoch = run.task.epoch(number, cfg.prompts_per_step)
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=resampled)
     metrics |= reward_metrics(step.drawn, run.rewards)
@@ -168,8 +177,10 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
             on_group=score_group if background else None,
             **step.sampling,
         )
+    # Text is made from the ids once, for the rewards and the log, and never becomes ids again.
     with step.timer("score"):
         scored = background.results() if background else [score_rows(run, step, rows, out.ids)]
+    # Counted here, because dynamic sampling comes through here several times in a step.
     step.tokens_drawn += out.stats["tokens"]
     step.tokens_read += cfg.group_size * sum(map(len, prompts))
     texts, parts, reward = zip(*scored)
@@ -196,9 +207,11 @@ def resample(run, step, batch):
     budget = (cfg.resample_budget or cfg.prompts_per_step) // world()
     extra = run.task.batch(step.number - 1, budget * world(), cfg.seed + EXTRA_PROMPTS)[rank() :: world()]
     while step.resampled < budget:
+        # By the spread of their rewards, not their mean: rewards need not be 0 and 1.
         flat = flat_groups(batch.reward.reshape(-1, G))
         if not flat:
             break
+        # Their numbers follow those of the step's own prompts, so no two completions share random numbers.
         rows = extra[step.resampled : step.resampled + len(flat)]
         used = range(step.resampled, step.resampled + len(rows))
         numbers = [cfg.prompts_per_step + rank() + world() * i for i in used]
@@ -215,7 +228,7 @@ def advantages_of(run, step):
     ranks.
     """
     scores, state = step.scores, run.state["advantage"]
-    if run.cfg.combine == "normalize_then_sum":
+    if run.cfg.combine == "normalize_then_sum":  # GDPO looks at each reward by itself
         weights = torch.tensor([weight for _, _, weight in step.rewards], dtype=torch.float64)
         return normalize_then_sum(scores.parts, weights), state
     A, state = run.advantages(scores.rewards, scores.prompts, state)
@@ -232,9 +245,13 @@ def learn(run, step, batch) -> dict:
     """
     cfg = run.cfg
     updates = cfg.epochs * cfg.minibatches
+    # Not when the run begins: the sampler's cache and graphs, which it keeps, are there only now.
+    if not run.micro_tokens:
+        run.micro_tokens = choose_micro_tokens(run.model)
     choose_tokens(run, step, batch, updates)
     total, grad_norms = {}, []
     for i in range(updates):
+        # Whole groups, since a group shares its prompt; each is in one minibatch of every epoch.
         groups = range(len(batch.prompts))[i % cfg.minibatches :: cfg.minibatches]
         stats, grad_norm = update(run, step, batch, groups, first=i == 0)
         if i == 0:
@@ -248,6 +265,23 @@ def learn(run, step, batch) -> dict:
         total["diff_max"] = first.get("diff_max", 0.0)
     metrics = dict(learning_rate=step.lr, grad_norm=sum(grad_norms) / updates)
     return metrics | loss_metrics(total, mean_difference(first))
+
+
+def choose_micro_tokens(model) -> int:
+    """How many tokens an update takes at once, from the memory that is free now, beside weights and sampler.
+
+    Large micro-batches keep a GPU busy: at 12,000 tokens it waits for Python's launches for a quarter of the
+    time, at 49,000 it does not (bench/results, H100). A CPU gains nothing beyond 8,192.
+    """
+    if model.device.type != "cuda":
+        return 8192
+    torch.cuda.empty_cache()  # what torch holds and does not use counts as free
+    free, _ = torch.cuda.mem_get_info(model.device)
+    # A quarter stays for the head's chunks of logits, gradients, and what is not counted.
+    tokens = int(0.75 * free / model.bytes_per_token())
+    tokens = max(1024, min(65_536, tokens // 1024 * 1024))
+    say(f"micro-batches of {tokens:,} tokens: {free / 1e9:.1f} GB are free")
+    return tokens
 
 
 def choose_tokens(run, step, batch, updates: int):
@@ -264,6 +298,8 @@ def choose_tokens(run, step, batch, updates: int):
         entropies = torch.tensor([h for of_rank in gather(mine) for h in of_rank])
         if len(entropies):
             batch.entropy_bar = entropies[highest(entropies, cfg.top_entropy)].min()
+    # The sampler's own, of the distribution that each token was drawn from: with one update the ratio is
+    # then 1 but for rounding, and how far it is from 1 shows whether sampler and trainer are one model.
     batch.old_logp = batch.out.logprobs
     if cfg.mismatch_clip:
         # The ratio is then the trainer's to itself from before the first update, and what the sampler
@@ -278,31 +314,38 @@ def update(run, step, batch, groups, first: bool):
     first: nothing of this step has been learnt yet.
     """
     cfg, model, stats = run.cfg, run.model, {}
+    # One divisor for the whole update, over all ranks. Dividing by a micro-batch's own count would make the
+    # gradient depend on how the step is cut.
     objective = run.objective | dict(norm=step_normaliser(cfg, batch, groups))
-    for numbers, prompts, completions in micro_batches(batch, groups, cfg.micro_tokens):
-        tokens = batch.tokens(numbers, model.device)
+    for numbers, prompts, completions in micro_batches(batch, groups, run.micro_tokens):
+        tokens = batch.tokens(numbers, model.device)  # old_logp, adv, rows, .. of its T tokens
         with step.timer("reference"):
             tokens.ref_logp, exact_reference = look_up_reference(run, step, prompts, completions)
         with step.timer("train"):
             model.train()
+            # A group's prompt stands once in the packed stream; gradients of all its completions flow into
+            # it.
             hidden, targets = model.completion_hidden(prompts, completions)  # (T, D), (T,)
             loss, entropy, sums = policy_head(
                 hidden, model.head, targets, tokens, objective, reference=exact_reference, **step.sampling
             )
             if not torch.isfinite(loss.detach()):
                 refuse_loss(run, step, loss, prompts, completions, tokens, save=first)
-            loss.backward()
+            loss.backward()  # gradients add up over micro-batches
         stats = add_stats(stats, sums)
         for n, row in zip(numbers, entropy.split(tokens.lengths.tolist())):
             batch.entropies.setdefault(n, row)
 
+    # Before anything is learnt from it: is the trainer the model that the sampler drew from?
     stats = sum_stats(stats)
     if first:
         check_mismatch(run, step, stats)
     with step.timer("train"):
+        # A sum and not a mean: the divisor is that of all ranks already.
         ranks.sum_over_ranks(run.optimizer.grads())
         grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
         run.optimizer.zero_grad()
+        run.weights_changed()
     return stats, grad_norm
 
 
@@ -323,6 +366,8 @@ def look_up_reference(run, step, prompts, completions):
     if not run.cfg.beta:
         return None, None
     with run.as_reference() as reference:
+        # The exact KL needs the reference's whole distribution, which head.py makes a chunk at a time from
+        # these.
         if run.cfg.kl == "full":
             hidden, _ = reference.completion_hidden(prompts, completions)
             return None, (hidden, reference.head.detach())
@@ -438,7 +483,7 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
 
 
 def main(cfg) -> int:
-    run = Run(cfg)
+    run = Run(cfg)  # model, task, rewards, optimiser; where the run is resumed, as the checkpoint has them
     log, interrupt = Log(run), Interrupt()
     header(run)
     before = after = None
@@ -453,6 +498,7 @@ def main(cfg) -> int:
     started = time.perf_counter()
     try:
         for number in range(first, cfg.steps + 1):
+            # Between two steps everything is whole, so this is where a run can be left.
             if interrupt.on_any_rank():
                 return stop(run, "interrupted")
             metrics = train_step(run, number)
@@ -467,6 +513,8 @@ def main(cfg) -> int:
             if rank() == 0 and (due(number, cfg.save_every, cfg.steps) or number == cfg.steps):
                 run.save()
     except (Stop, rewarding.RewardError, FloatingPointError, ValueError) as e:
+        # These come before a step's first update, so weights and state are those of the step before; only a
+        # Stop in a later update of a step is not, and says so.
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
             raise  # a config that cannot run at all: there is nothing to save
         return stop(run, str(e), save=getattr(e, "save", True))

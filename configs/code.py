@@ -15,7 +15,7 @@ system_prompt = (
 )
 rewards = [("code", 1.0)]
 
-prompts_per_step, group_size, micro_tokens = 8, 16, 16384
+prompts_per_step, group_size = 8, 16
 max_new_tokens, temperature = 400, 1.0
 reward_overlap = True  # programs run while other groups are sampled
 beta = 0.0

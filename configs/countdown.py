@@ -15,7 +15,7 @@ system_prompt = (
 )
 rewards = [("countdown", 1.0), ("format", 0.1)]
 
-prompts_per_step, group_size, micro_tokens = 16, 16, 16384
+prompts_per_step, group_size = 16, 16
 max_new_tokens, temperature = 512, 1.0
 beta, clip_high = 0.0, 0.28
 lora_rank, lora_alpha = 32, 64.0

@@ -14,7 +14,7 @@ system_prompt = (
 )
 rewards = [("gsm8k", 1.0), ("gsm8k_lenient", 0.0)]
 
-prompts_per_step, group_size, micro_tokens = 16, 16, 16384
+prompts_per_step, group_size = 16, 16
 max_new_tokens, temperature = 320, 1.0
 beta = 0.02
 lora_rank, lora_alpha = 32, 64.0

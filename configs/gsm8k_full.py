@@ -15,7 +15,7 @@ system_prompt = (
 rewards = [("gsm8k", 1.0), ("gsm8k_lenient", 0.0)]
 
 lora_rank = 0
-prompts_per_step, group_size, micro_tokens = 32, 16, 16384
+prompts_per_step, group_size = 32, 16
 max_new_tokens, temperature = 400, 1.0
 beta, clip_high = 0.0, 0.28  # DAPO's settings, arXiv:2503.14476
 steps, lr, warmup_steps = 300, 1e-6, 10

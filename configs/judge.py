@@ -22,7 +22,7 @@ rewards = [
 ]
 reward_timeout, reward_overlap = 600.0, True
 
-prompts_per_step, group_size, micro_tokens = 8, 8, 16384
+prompts_per_step, group_size = 8, 8
 max_new_tokens, temperature = 300, 1.0
 beta = 0.02
 lora_rank, lora_alpha = 32, 64.0

@@ -13,7 +13,7 @@ task, train_file = "math", "math/train.jsonl"
 system_prompt = "Please reason step by step, and put your final answer within \\boxed{}."
 rewards = [("math", 1.0)]
 
-prompts_per_step, group_size, micro_tokens = 16, 16, 16384
+prompts_per_step, group_size = 16, 16
 max_new_tokens, temperature = 1024, 1.0
 advantage, aggregate, beta = "none", "constant", 0.0
 lora_rank, lora_alpha = 32, 64.0

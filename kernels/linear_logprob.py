@@ -101,8 +101,10 @@ def _linear_kernel(
         x = tl.zeros((BM, BN), tl.float32)
         for start in range(0, D, BK):
             inside = start + k < D
-            a = tl.load(h_rows + start + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-            b = tl.load(w_rows + start + k[:, None], mask=(j < V)[None, :] & inside[:, None], other=0.0)
+            h_real = real[:, None] & inside[None, :]
+            a = tl.load(h_rows + start + k[None, :], mask=h_real, other=0.0)
+            w_real = (j < V)[None, :] & inside[:, None]
+            b = tl.load(w_rows + start + k[:, None], mask=w_real, other=0.0)
             x = tl.dot(a, b, x, input_precision="ieee")
         x = tl.where(j[None, :] < V, x * scale, float("-inf"))
         z_y += tl.sum(tl.where(j[None, :] == y[:, None], x, 0.0), 1)

@@ -218,17 +218,20 @@ def _shrink_kernel(
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     k = tl.arange(0, BR)
     d = tl.arange(0, BD)
-    x_rows = x + t.to(tl.int64)[:, None] * x_row
+    t_real = (t < T)[:, None]
+    k_real = (k < r)[None, :]
+    t = t.to(tl.int64)[:, None]
+    k = k[None, :]
     acc = tl.zeros((BT, BR), tl.float32)
     for start in range(0, D, BD):
         j = start + d
-        x_real = (t < T)[:, None] & (j < D)[None, :]
-        xt = tl.load(x_rows + j[None, :], mask=x_real, other=0.0).to(tl.float32)
-        A_real = (k < r)[None, :] & (j < D)[:, None]
-        At = tl.load(A + k[None, :] * A_row + j[:, None] * A_column, mask=A_real, other=0.0).to(tl.float32)
-        acc = tl.dot(xt, At, acc, input_precision=PRECISION)
-    place = out + t.to(tl.int64)[:, None] * out_row + k[None, :]
-    tl.store(place, (acc * scale).to(out.dtype.element_ty), mask=(t < T)[:, None] & (k < r)[None, :])
+        x_at = x + t * x_row + j[None, :]
+        xt = tl.load(x_at, mask=t_real & (j < D)[None, :], other=0.0)
+        A_at = A + k * A_row + j[:, None] * A_column
+        At = tl.load(A_at, mask=k_real & (j < D)[:, None], other=0.0)
+        acc = tl.dot(xt.to(tl.float32), At.to(tl.float32), acc, input_precision=PRECISION)
+    acc = acc * scale
+    tl.store(out + t * out_row + k, acc.to(out.dtype.element_ty), mask=t_real & k_real)
 
 
 @triton.jit
@@ -240,11 +243,15 @@ def _expand_kernel(
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BR)
-    h_at = h + t.to(tl.int64)[:, None] * h_row + k[None, :]
-    ht = tl.load(h_at, mask=(t < T)[:, None] & (k < r)[None, :], other=0.0).to(tl.float32)
-    B_at = B + k[:, None] * B_row + j[None, :] * B_column
-    Bt = tl.load(B_at, mask=(k < r)[:, None] & (j < N)[None, :], other=0.0).to(tl.float32)
-    y_at = y + t.to(tl.int64)[:, None] * y_row + j[None, :]
-    real = (t < T)[:, None] & (j < N)[None, :]
-    added = tl.load(y_at, mask=real, other=0.0).to(tl.float32) + tl.dot(ht, Bt, input_precision=PRECISION)
-    tl.store(y_at, added.to(y.dtype.element_ty), mask=real)
+    t_real = (t < T)[:, None]
+    j_real = (j < N)[None, :]
+    t = t.to(tl.int64)[:, None]
+    j = j[None, :]
+    h_at = h + t * h_row + k[None, :]
+    ht = tl.load(h_at, mask=t_real & (k < r)[None, :], other=0.0).to(tl.float32)
+    B_at = B + k[:, None] * B_row + j * B_column
+    Bt = tl.load(B_at, mask=(k < r)[:, None] & j_real, other=0.0).to(tl.float32)
+    y_at = y + t * y_row + j
+    before = tl.load(y_at, mask=t_real & j_real, other=0.0).to(tl.float32)
+    after = before + tl.dot(ht, Bt, input_precision=PRECISION)
+    tl.store(y_at, after.to(y.dtype.element_ty), mask=t_real & j_real)

@@ -1,4 +1,5 @@
-"""kernels/attention.py: the bucketed attention is the definition, whatever the segments, and wastes little."""
+"""kernels/attention.py: the bucketed attention is the definition, and wastes little."""
+
 import math
 from collections import Counter
 
@@ -12,7 +13,7 @@ from kernels.attention import Buckets, alike, attention, attention_ref
 
 
 def table(groups):
-    """[(prompt length, [own lengths])] -> segments of a stream in which they stand one after another, and its length."""
+    """[(prompt length, [own lengths])] -> segments one after another, and the stream's length."""
     segments, T = [], 0
     for P, owns in groups:
         start = T
@@ -30,7 +31,11 @@ def qkv(T, H, K, E, seed=0, dtype=torch.float64):
 
 
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 13, 17, 31, 40])
-GROUPS = st.lists(st.tuples(SIZES, st.lists(st.sampled_from([0, 0, 1, 2, 7, 16, 23, 39]), max_size=4)), min_size=1, max_size=4)
+GROUPS = st.lists(
+    st.tuples(SIZES, st.lists(st.sampled_from([0, 0, 1, 2, 7, 16, 23, 39]), max_size=4)),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,13 +56,15 @@ def test_attention_is_its_definition_forward_and_backward(groups, R, K):
 @settings(max_examples=15, deadline=None)
 @given(GROUPS)
 def test_definition_is_causal_attention_over_each_sequence_by_itself(groups):
-    """The oracle of the oracle: a completion's outputs are those of plain causal attention over prompt + completion."""
+    """The oracle of the oracle: a completion's outputs are those of attention to prompt + completion."""
     segments, T = table(groups)
     q, k, v = qkv(T, 6, 2, 4)
     out = attention_ref(q, k, v, segments)
     for start, length, prompt_start, prompt_length in segments:
         tokens = [*range(prompt_start, prompt_start + prompt_length), *range(start, start + length)]
-        a, b, c = (x[tokens].transpose(0, 1) for x in (q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)))
+        a, b, c = (
+            x[tokens].transpose(0, 1) for x in (q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
+        )
         alone = F.scaled_dot_product_attention(a, b, c, is_causal=True).transpose(0, 1)[prompt_length:]
         torch.testing.assert_close(out[start : start + length], alone, rtol=1e-12, atol=1e-12)
 
@@ -69,7 +76,11 @@ def test_gradient_equals_finite_differences():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 600), st.lists(st.integers(0, 600), max_size=8)), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 600), st.lists(st.integers(0, 600), max_size=8)), min_size=1, max_size=12
+    )
+)
 def test_no_segment_is_padded_by_more_than_a_quarter_or_eight_tokens(groups):
     segments, T = table(groups)
     for near in alike([s for s in segments if s[1]], lambda s: s[1]):
@@ -91,8 +102,11 @@ def test_every_token_is_computed_once_and_found_again(groups):
 
 
 def test_prompts_are_not_stretched_by_a_long_one_that_sorts_beside_them():
-    """Segments were sorted by queries and cut where the present one was too short for the longest keys so far. One completion of a long
-    prompt, coming after short prompts of its own length, stretched all of those to its keys: 6x the scores that were needed."""
+    """Segments were sorted by queries and cut where one was too short for the longest keys so far.
+
+    One completion of a long prompt, coming after short prompts of its own length, stretched all of those to
+    its keys: 6x the scores that were needed.
+    """
     segments, _ = table([(60, [])] * 20 + [(500, [59])])
     buckets = Buckets(segments, 1, dtype=torch.float32, device="cpu")
     needed = sum(length * (length + prompt) for _, length, _, prompt in segments)
@@ -100,9 +114,12 @@ def test_prompts_are_not_stretched_by_a_long_one_that_sorts_beside_them():
 
 
 def test_equal_groups_are_one_call():
-    """The common case, equal lengths: completions of all groups and, being near enough, nothing else in between."""
+    """The common case, equal lengths: one call for the prompts and one for the completions of all groups."""
     segments, _ = table([(64, [300] * 8)] * 4)
-    assert sorted(Buckets(segments, 3, dtype=torch.float32, device="cpu").shape) == [(4, 64, 64), (32, 300, 364)]
+    assert sorted(Buckets(segments, 3, dtype=torch.float32, device="cpu").shape) == [
+        (4, 64, 64),
+        (32, 300, 364),
+    ]
 
 
 @pytest.mark.parametrize("scale", [1e-4, 30.0])
@@ -116,7 +133,9 @@ def test_extreme_scores_stay_finite_and_right(scale):
 def test_bf16_is_the_definition_to_rounding():
     segments, T = table([(20, [10, 3, 0]), (7, [12])])
     q, k, v = qkv(T, 6, 2, 16)
-    low = attention(*(x.to(torch.bfloat16) for x in (q, k, v)), Buckets(segments, 3, dtype=torch.bfloat16, device="cpu"))
+    low = attention(
+        *(x.to(torch.bfloat16) for x in (q, k, v)), Buckets(segments, 3, dtype=torch.bfloat16, device="cpu")
+    )
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), attention_ref(q, k, v, segments), rtol=0.05, atol=0.03)
 

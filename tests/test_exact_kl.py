@@ -1,4 +1,5 @@
-"""The exact KL over the vocabulary against its definition in fp64 and autograd, whole and in chunks, truncated and not."""
+"""kernels/exact_kl.py against its definition in fp64 and autograd, whole and in chunks, truncated and not."""
+
 import pytest
 import torch
 
@@ -18,9 +19,12 @@ def tensors(M=7, D=12, V=33, dtype=torch.float64, seed=0):
 def test_value_and_gradients_equal_the_definition(monkeypatch, options, chunk_bytes):
     monkeypatch.setattr(logprob, "CHUNK_BYTES", chunk_bytes)  # 400 bytes: 3 rows at a time
     h, w, rh, rw = tensors()
-    truncate = (lambda z, rows: truncate_(z, **options)) if options else None
-    kept = truncate_((h @ w.t() / 0.7).detach().clone(), **options) > float("-inf") if options else None
-    got, want = exact_kl(h, w, rh, rw, temperature=0.7, truncate=truncate), exact_kl_ref(h, w, rh, rw, temperature=0.7, kept=kept)
+    truncate = kept = None
+    if options:
+        truncate = lambda z, rows: truncate_(z, **options)
+        kept = truncate_((h @ w.t() / 0.7).detach().clone(), **options) > float("-inf")
+    got = exact_kl(h, w, rh, rw, temperature=0.7, truncate=truncate)
+    want = exact_kl_ref(h, w, rh, rw, temperature=0.7, kept=kept)
     torch.testing.assert_close(got, want)
     up = torch.randn(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(got, (h, w), up), torch.autograd.grad(want, (h, w), up)):

@@ -1,4 +1,5 @@
-"""kernels/logprob.py: chunked log-probabilities are the definition, for every option, and nothing of size tokens x vocabulary is made."""
+"""kernels/logprob.py: chunked log-probabilities are the definition, and no (tokens, words) tensor is made."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +13,19 @@ from kernels.logprob import chunks, logits_fp32, logprob, logprob_ref, truncate_
 
 def example(M=13, D=6, V=37, scale=1.0, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(M, D, generator=g, dtype=dtype), torch.randn(V, D, generator=g, dtype=dtype) * scale
+    hidden = torch.randn(M, D, generator=g, dtype=dtype)
+    weight = torch.randn(V, D, generator=g, dtype=dtype) * scale
     return hidden, weight, torch.randint(0, V, (M,), generator=g)
 
 
-TRUNCATIONS = [dict(), dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(top_k=9, top_p=0.8, min_p=0.05), dict(top_k=1)]
+TRUNCATIONS = [
+    dict(),
+    dict(top_k=5),
+    dict(top_p=0.7),
+    dict(min_p=0.2),
+    dict(top_k=9, top_p=0.8, min_p=0.05),
+    dict(top_k=1),
+]
 LEARNS = {"hidden": (True, False), "weight": (False, True), "both": (True, True)}
 
 
@@ -25,20 +34,24 @@ LEARNS = {"hidden": (True, False), "weight": (False, True), "both": (True, True)
 @pytest.mark.parametrize("uses", ["logp", "entropy", "both"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
-def test_logprob_is_its_definition_forward_and_backward(monkeypatch, rows_a_chunk, learns, uses, temperature, truncation):
+def test_logprob_is_its_definition_forward_and_backward(
+    monkeypatch, rows_a_chunk, learns, uses, temperature, truncation
+):
     hidden, weight, targets = example()
     monkeypatch.setattr(kernel, "CHUNK_BYTES", rows_a_chunk * 4 * len(weight))
     inputs = [x.requires_grad_(g) for x, g in zip((hidden, weight), LEARNS[learns])]
     g = torch.Generator().manual_seed(3)
     dlogp, dentropy = (torch.randn(len(targets), generator=g, dtype=torch.float64) for _ in range(2))
-    grads = []
+    results = []
     for function in (logprob, logprob_ref):
         logp, entropy = function(*inputs, targets, temperature=temperature, **truncation)
-        loss = (logp * dlogp).sum() * (uses != "entropy") + (entropy * dentropy).sum() * (uses != "logp")
         if uses == "logp":
             loss = (logp * dlogp).sum()  # the entropy is not in the graph at all: the fast backward
-        grads.append([logp.detach(), entropy.detach(), *torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])])
-    for ours, ref in zip(*grads):
+        else:
+            loss = (logp * dlogp).sum() * (uses == "both") + (entropy * dentropy).sum()
+        grads = torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])
+        results.append([logp.detach(), entropy.detach(), *grads])
+    for ours, ref in zip(*results):
         torch.testing.assert_close(ours, ref, rtol=1e-10, atol=1e-12)
 
 
@@ -46,7 +59,9 @@ def test_gradient_equals_finite_differences():
     hidden, weight, targets = example(M=4, D=3, V=9)
     both = hidden.requires_grad_(), weight.requires_grad_()
     assert torch.autograd.gradcheck(lambda h, w: logprob(h, w, targets, temperature=0.7), both)
-    assert torch.autograd.gradcheck(lambda h: logprob(h, weight.detach(), targets, temperature=0.7)[0], hidden)
+    assert torch.autograd.gradcheck(
+        lambda h: logprob(h, weight.detach(), targets, temperature=0.7)[0], hidden
+    )
 
 
 def test_fp32_is_the_definition_to_rounding():
@@ -61,12 +76,15 @@ def test_fp32_is_the_definition_to_rounding():
 
 @pytest.mark.parametrize("learns", LEARNS)
 def test_bf16_gives_fp32_values_and_bf16_gradients_near_the_definition(learns):
-    hidden, weight, targets = (x.to(torch.bfloat16) if x.is_floating_point() else x for x in example(M=40, D=32, V=300, scale=0.3))
-    inputs = [x.requires_grad_(g) for x, g in zip((hidden, weight), LEARNS[learns])]
+    hidden, weight, targets = example(M=40, D=32, V=300, scale=0.3)
+    inputs = [x.bfloat16().requires_grad_(g) for x, g in zip((hidden, weight), LEARNS[learns])]
     exact = [x.detach().double().requires_grad_(g) for x, g in zip(inputs, LEARNS[learns])]
-    (logp, entropy), (ref_logp, ref_entropy) = logprob(*inputs, targets), logprob_ref(*exact, targets)
+    logp, entropy = logprob(*inputs, targets)
+    ref_logp, ref_entropy = logprob_ref(*exact, targets)
     assert logp.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(logp.double(), ref_logp, rtol=1e-5, atol=1e-5)  # bf16 inputs, but no bf16 logits
+    torch.testing.assert_close(
+        logp.double(), ref_logp, rtol=1e-5, atol=1e-5
+    )  # bf16 inputs, but no bf16 logits
     torch.testing.assert_close(entropy.double(), ref_entropy, rtol=1e-5, atol=1e-5)
     logp.sum().backward()
     ref_logp.sum().backward()
@@ -79,7 +97,7 @@ def test_bf16_gives_fp32_values_and_bf16_gradients_near_the_definition(learns):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits_give_finite_values_and_gradients(dtype):
-    """Logits of -50,000 .. 50,000: probabilities are 0 and 1, log-probabilities huge and exact, nothing is nan."""
+    """Logits of +-50,000: probabilities are 0 and 1, log-probabilities huge and exact, nothing is nan."""
     weight = torch.tensor([[1.0], [0.0], [-1.0], [0.99999]], dtype=dtype).requires_grad_()
     hidden = torch.tensor([[50000.0], [-50000.0], [0.0]], dtype=dtype).requires_grad_()
     targets = torch.tensor([2, 2, 1])
@@ -156,21 +174,34 @@ def test_frozen_head_makes_its_gradient_in_the_forward():
     with Largest() as largest:
         logp.sum().backward()
     assert largest.elements <= 12 * 4
-    with torch.no_grad(), Largest() as largest:  # and the reference pass, which has no backward, does not make it
+    with (
+        torch.no_grad(),
+        Largest() as largest,
+    ):  # and the reference pass, which has no backward, does not make it
         slow = logprob(hidden, weight, targets)[0]
     torch.testing.assert_close(logp.detach(), slow)
 
 
-# ------------------------------------------------------------------------------------------------------------ truncation
+# -------------------------------------------------------------------------------------- truncation
 def warped(logits, top_k, top_p, min_p):
     """transformers' own warpers in transformers' order."""
-    for warper in ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else []) + ([MinPLogitsWarper(min_p)] if min_p else []):
-        logits = warper(None, logits)
+    if top_k:
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    if min_p:
+        logits = MinPLogitsWarper(min_p)(None, logits)
     return logits
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0, 1, 3, 20, 100]), st.sampled_from([1.0, 0.95, 0.5, 0.01]), st.sampled_from([0.0, 0.01, 0.3, 1.0]), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0, 1, 3, 20, 100]),
+    st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    st.booleans(),
+)
 def test_truncation_equals_transformers_warpers(seed, top_k, top_p, min_p, ties):
     logits = torch.randn(6, 21, generator=torch.Generator().manual_seed(seed)) * 3
     logits = logits.round() if ties else logits
@@ -200,7 +231,7 @@ def test_truncated_words_have_no_probability_and_the_rest_is_renormalised():
 
 def test_logits_are_fp32_whatever_the_weights():
     """Rounded to bf16, logits near 20 are off by up to 0.06 nats: more than a clipped ratio allows."""
-    hidden, weight, _ = (x.to(torch.bfloat16) if x.is_floating_point() else x for x in example(M=9, D=64, V=40))
+    hidden, weight, _ = example(M=9, D=64, V=40, dtype=torch.bfloat16)
     z = logits_fp32(hidden, weight)
     assert z.dtype == torch.float32
     torch.testing.assert_close(z.double(), hidden.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""kernels/lora_linear.py: the hand-written forward and backward are autograd's, with adapters beside and merged."""
+"""kernels/lora_linear.py: forward and backward by hand are autograd's, with adapters beside and merged."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
 """kernels/rms_norm.py: the hand-written forward and backward are the definition's."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from kernels.rms_norm import rms_norm, rms_norm_ref
 @pytest.mark.parametrize("trained", [True, False])
 def test_forward_and_gradients_equal_the_definition(shape, trained):
     torch.manual_seed(0)
-    x, weight = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randn(shape[-1], dtype=torch.float64).requires_grad_(trained)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape[-1], dtype=torch.float64).requires_grad_(trained)
     learns = [x] + [weight] * trained
-    ours, ref = (f(x, weight, 1e-3) for f in (rms_norm, rms_norm_ref))
+    ours, ref = rms_norm(x, weight, 1e-3), rms_norm_ref(x, weight, 1e-3)
     torch.testing.assert_close(ours, ref, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(ref)
     for a, b in zip(torch.autograd.grad(ours, learns, dy), torch.autograd.grad(ref, learns, dy)):
@@ -21,14 +23,16 @@ def test_forward_and_gradients_equal_the_definition(shape, trained):
 
 def test_gradient_equals_finite_differences_on_a_strided_input():
     x = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x[:, :2], w, 1e-5), (x, torch.randn(4, dtype=torch.float64, requires_grad=True)))
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x[:, :2], w, 1e-5), (x, weight))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e15])
 def test_small_and_large_inputs_are_normalised_in_fp32(dtype, tolerance, size):
     torch.manual_seed(0)
-    x, weight = (torch.randn(20, 64) * size).to(dtype).requires_grad_(), torch.randn(64).to(dtype).requires_grad_()
+    x = (torch.randn(20, 64) * size).to(dtype).requires_grad_()
+    weight = torch.randn(64).to(dtype).requires_grad_()
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     ours, ref = rms_norm(x, weight, 1e-6), rms_norm_ref(*exact, 1e-6)
     assert ours.dtype == dtype
@@ -41,7 +45,9 @@ def test_small_and_large_inputs_are_normalised_in_fp32(dtype, tolerance, size):
 
 
 def test_nothing_but_the_input_and_a_number_a_row_is_kept_for_the_backward():
-    x, weight, kept = torch.randn(10, 64, requires_grad=True), torch.randn(64, requires_grad=True), []
+    x, weight = torch.randn(10, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         rms_norm(x, weight, 1e-6)
-    assert sum(t.numel() for t in kept if t.data_ptr() not in (x.data_ptr(), weight.data_ptr())) == 10
+    known = (x.data_ptr(), weight.data_ptr())
+    assert sum(t.numel() for t in kept if t.data_ptr() not in known) == 10

@@ -4,6 +4,7 @@ conftest.py sets TRITON_INTERPRET before anything imports Triton, unless there i
 about a millisecond an operation of a program, so shapes here are small and odd; large ones are marked gpu.
 """
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,6 @@ import lora
 import loss as losses
 import optim
 import rollout
-from kernels.attention import attention_ref
-from test_attention import table
 
 triton = pytest.importorskip("triton")
 
@@ -239,146 +238,6 @@ def test_log_probabilities_at_real_shapes(M, D, V):
         near(a, b, torch.bfloat16)
 
 
-# -------------------------------------------------------------------------------------------------------------- sample
-def by_torch(logits, key, *, temperature=1.0, **truncation):
-    """What rollout.py does on a CPU."""
-    return D.draw(L.truncate_(logits / temperature, **truncation), key)
-
-
-@pytest.mark.parametrize("V, n", [(1, 3), (2, 5), (127, 4), (128, 4), (129, 4), (1000, 6), (4097, 3), (49_152, 3), (151_936, 2)])
-def test_sampler_draws_the_same_tokens_as_torch(V, n):
-    logits, key = randn(n, V, seed=V, scale=3.0), D.token_keys(1, 2, torch.arange(n), 3, 4).to(DEVICE)
-    for options in [dict(), dict(temperature=0.7)] if V > 1000 else [dict(), dict(temperature=1.7, top_k=5), dict(top_p=0.8), dict(min_p=0.1), dict(top_k=100, top_p=0.95, min_p=0.01, temperature=0.6)]:
-        before = logits.clone()
-        token, logp, entropy = D.sample(logits, key, **options)
-        want, want_logp = by_torch(logits, key, **options)
-        ref, ref_logp, ref_entropy = D.sample_ref(logits.cpu(), key.cpu(), **options)
-        assert torch.equal(token, want) and torch.equal(token.cpu(), ref) and torch.equal(logits, before), options
-        torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)
-        torch.testing.assert_close(logp.cpu().double(), ref_logp, rtol=1e-6, atol=2e-6)
-        torch.testing.assert_close(entropy.cpu().double(), ref_entropy, rtol=1e-5, atol=5e-6)
-
-
-@on_gpu
-def test_truncation_of_a_real_vocabulary():
-    """The cutoffs must be those of the sort, to the word."""
-    logits, key = randn(64, 151_936, scale=2.0), D.token_keys(0, 0, torch.arange(64), 0, 0).to(DEVICE)
-    options = dict(top_k=300, top_p=0.9, min_p=0.002, temperature=0.9)
-    token, logp, _ = D.sample(logits, key, **options)
-    want, want_logp = by_torch(logits, key, **options)
-    assert torch.equal(token, want)
-    torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)  # which a word more or less would move
-
-
-@settings(quick, max_examples=5)
-@given(st.integers(1, 250), st.integers(1, 2), st.integers(0, 30), st.sampled_from([1.0, 0.999, 0.5, 1e-6]), st.sampled_from([0.0, 0.05, 1.0]), st.integers(0, 99))
-def test_truncation_keeps_what_sorting_keeps(V, times, top_k, top_p, min_p, seed):
-    logits, key = randn(2, V, seed=seed, scale=2.0), D.token_keys(seed, 0, torch.arange(2 * times), 0, 0).to(DEVICE)
-    options = dict(top_k=top_k, top_p=top_p, min_p=min_p)
-    token, logp, _ = D.sample(logits, key, times=times, **options)
-    want, want_logp = by_torch(logits.repeat_interleave(times, 0), key, **options)
-    assert torch.equal(token, want)
-    torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)
-
-
-def test_sampler_at_extreme_logits_and_what_is_not_finite():
-    inf, V = float("inf"), 4300
-    z = torch.full((9, V), -inf)
-    z[0, 4200] = -1e4
-    z[1, :2] = torch.tensor([1e4, -1e4])
-    z[2] = -3e38
-    z[3, 5], z[3, 4299] = -3e38, 3e38
-    z[4, ::2] = 0.0
-    z[5] = torch.linspace(-1e4, 1e4, V)
-    z[6], z[7, 7], z[8] = 0.0, inf, -inf
-    z[6, 9] = float("nan")
-    z, key = z.to(DEVICE), D.token_keys(3, 0, torch.arange(9), 0, 0).to(DEVICE)
-    token, logp, entropy = D.sample(z, key)
-    assert torch.equal(token[:6], by_torch(z[:6].clone(), key[:6])[0]) and ((0 <= token) & (token < V)).all()
-    assert logp[6:].isnan().all() and logp[:6].isfinite().all() and entropy[:6].isfinite().all()
-    for row in (3, 5, 7):  # one word left, an honest row, one that is not finite
-        token, logp, _ = D.sample(z[row, None, 4000:], key[row, None], top_k=3, top_p=0.9)
-        assert token == by_torch(z[row, None, 4000:].clone(), key[row, None], top_k=3, top_p=0.9)[0] if row < 7 else 0 <= token < 300
-    token, logp, _ = D.sample(z[:6], None)
-    want, want_logp = D.greedy(z[:6])
-    assert torch.equal(token, want)
-    torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=2e-6)
-    assert [len(x) for x in D.sample(z[:0], key[:0])] == [0, 0, 0]
-
-
-# ----------------------------------------------------------------------------------------------------------- attention
-def check_attention(groups, H, K, E, dtype, scale=1.0):
-    segments, T = table(groups)
-    qk = randn(T, H + K, E, scale=scale, dtype=dtype)  # as in the model: q and k are parts of one tensor, v of another
-    v = randn(T, K + 1, E, seed=1, dtype=dtype)[:, 1:]
-    dout = randn(T, H, E, seed=2, dtype=dtype)
-    exact = [leaf(x, torch.float64) for x in (qk[:, :H], qk[:, H:], v)]
-    ref = attention_ref(*exact, segments)
-    inputs = [x.requires_grad_() for x in (qk[:, :H].detach(), qk[:, H:].detach(), v.detach())]
-    ours = A.flash_attention(*inputs, A.Tiles(segments, H // K, E=E, dtype=dtype, device=DEVICE))
-    near(ours, ref, dtype)
-    for a, b in zip(torch.autograd.grad(ours, inputs, dout), torch.autograd.grad(ref, exact, dout.double())):
-        near(a, b, dtype)
-
-
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("H, K, E, groups", [
-    (1, 1, 8, [(1, [])]),  # one token
-    (4, 2, 16, [(37, [5, 40, 1]), (3, [])]),
-    (7, 1, 16, [(20, [12, 0, 33])]),  # 7 heads a key: rows of the tile are left over
-    (3, 3, 24, [(33, [9]), (2, [35])]),  # E is no power of two
-])
-def test_attention_is_its_definition_forward_and_backward(H, K, E, groups, dtype):
-    check_attention(groups, H, K, E, dtype)
-
-
-@settings(quick, max_examples=6)
-@given(st.lists(st.tuples(st.sampled_from([1, 2, 13, 34]), st.lists(st.sampled_from([0, 1, 7, 35]), max_size=3)), min_size=1, max_size=2), st.sampled_from([1, 3]), st.sampled_from([1, 2]))
-def test_attention_of_any_segments(groups, R, K):
-    check_attention(groups, R * K, K, 8, torch.float32)
-
-
-def test_attention_of_extreme_scores():
-    check_attention([(20, [10, 3])], 2, 1, 16, torch.float32, scale=4.0)  # scores to +-200: weights are 0 and 1
-
-
-def test_completions_that_are_scattered_are_refused():
-    with pytest.raises(ValueError, match="one after another"):
-        A.Tiles([(0, 4, 0, 0), (4, 2, 0, 4), (6, 3, 6, 0), (9, 2, 0, 4)], 1, E=8, dtype=torch.float32, device=DEVICE)
-
-
-@on_gpu
-@pytest.mark.parametrize("H, K, E", [(9, 3, 64), (14, 2, 64), (28, 4, 128), (16, 16, 80)])
-@pytest.mark.parametrize("dtype", LOW)
-def test_attention_of_real_models(H, K, E, dtype):
-    check_attention([(150, [200, 129, 0, 64, 1]), (1, [300]), (257, [])], H, K, E, dtype)
-    segments, T = table([(150, [200, 129])])
-    q, k, v = (randn(T, n, E, seed=n, dtype=dtype).requires_grad_() for n in (H, K, K + 50))
-    tiles = A.Tiles(segments, H // K, E=E, dtype=dtype, device=DEVICE)
-    grads = [torch.autograd.grad(A.flash_attention(q, k, v[:, :K], tiles).float().square().sum(), (q, k, v)) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*grads))  # to the bit: no atomics
-
-
-@pytest.mark.parametrize("dtype", LOW)
-def test_decoding_reads_the_cache(dtype):
-    """Rows of two groups at different lengths; what the cache holds beyond them is NaN and must not be touched."""
-    n, H, K, E, P, C = 5, 6, 2, 16, 40, 70
-    group, lengths, own = [0, 0, 1, 1, 1], [40, 13], [0, 69, 3, 31, 64]
-    q = randn(n, H, E, dtype=dtype)
-    (pk, pv), (ok, ov) = ([randn(m, K, c, E, seed=i, dtype=dtype) for i in range(2)] for m, c in ((2, P), (n, C)))
-    for x in (pk, pv):
-        x[1, :, 13:] = float("nan")
-    for x in (ok, ov):
-        for i in range(n):
-            x[i, :, own[i] + 1 :] = float("nan")
-    rows = torch.tensor([[i, 1, own[i], group[i] * K * P, lengths[group[i]], i * K * C] for i in range(n)], device=DEVICE)
-    out = A.flash_decode(q, pk, pv, ok, ov, rows)
-    for i in range(n):
-        keys, values = (torch.cat([a[group[i], :, : lengths[group[i]]], b[i, :, : own[i] + 1]], 1).double() for a, b in ((pk, ok), (pv, ov)))
-        w = torch.einsum("krd,ktd->krt", q[i].double().view(K, H // K, E), keys).div(E**0.5).softmax(-1)
-        near(out[i], torch.einsum("krt,ktd->krd", w, values).reshape(H, E), dtype)
-
-
 # ------------------------------------------------------------------------ norm, rotation, SwiGLU, LoRA
 def check(ours, ref, inputs, dtype, exact=2e-6):
     """Values and gradients of ours(*inputs), in dtype, against ref's in fp64. Results may be tuples."""
@@ -564,12 +423,18 @@ def test_a_kernel_says_which_dtypes_it_takes():
         assert kernels.switch.on_triton(x.to(dtype), dtypes=(torch.float32,)) == (dtype == torch.float32)
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "swiglu", "lora_linear", "logprob"])
-def test_a_kernel_file_can_be_copied_out_with_the_switch(name, tmp_path):
+def test_a_kernel_file_can_be_copied_out_with_the_switch(tmp_path):
+    beside = {"exact_kl": {"kernels.logprob"}, "linear_logprob": {"kernels.logprob"}}
+    for name in ("exact_kl", "linear_logprob", "logprob", "lora_linear", "rms_norm", "rope", "swiglu"):
+        tree = ast.parse((ROOT / f"kernels/{name}.py").read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        ours = {module for module in imported if module.startswith("kernels")}
+        assert ours - {"kernels.switch"} == beside.get(name, set())
     (tmp_path / "kernels").mkdir()
-    for stem in (name, "switch"):
+    for stem in ("rms_norm", "switch"):
         (tmp_path / f"kernels/{stem}.py").write_text((ROOT / f"kernels/{stem}.py").read_text())
-    command = [sys.executable, "-c", f"import kernels.{name}, kernels.switch; kernels.switch.use('torch')"]
+    program = "import kernels.rms_norm, kernels.switch as switch; switch.use('torch')"
+    command = [sys.executable, "-c", program]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and not out.stdout, out.stderr
 
