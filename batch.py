@@ -8,16 +8,43 @@ Dims: B prompts a step, G completions a prompt, N = B * G rows of the step, n of
 rewards; T completion tokens of a micro-batch.
 """
 
+import contextlib
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 import model as models
-from log import Timer
 from loss import Tokens
 from ranks import gather
 from rollout import Rollout
+
+
+class Timer:
+    """Seconds by phase: `with timer("sample"): ..`. On a GPU a phase lasts until the device is done."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.seconds = dict.fromkeys(("sample", "score", "reference", "train"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] += time.perf_counter() - start
+
+    def metrics(self, tokens: int) -> dict:
+        """tokens: drawn in the step, over all ranks."""
+        seconds, total = self.seconds, time.perf_counter() - self.start
+        m = {f"time/{phase}": spent for phase, spent in seconds.items()}
+        m["step_time"] = total
+        m["time/other"] = total - sum(seconds.values())
+        m["tokens_per_second/sample"] = tokens / seconds["sample"]
+        m["tokens_per_second/train"] = tokens / max(1e-9, seconds["reference"] + seconds["train"])
+        return m
 
 
 @dataclass

@@ -2,20 +2,16 @@
 
     z = h W^T / temperature    logp, entropy = log-softmax of z at the target    loss = policy_loss(logp, ..)
 
-This is where loss.py meets the kernels. Whole logits would be (T, V): 8,192 tokens of 151,936 words are 5
-GB in fp32, and autograd would keep three such tensors. So a chunk of rows lives at a time, in one of two
-ways:
+This is where loss.py meets the kernels. Whole logits would be (T, V): 8,192 tokens of 151,936 words are 5 GB
+in fp32, and autograd would keep three such tensors. So a chunk of rows lives at a time, in one of two ways:
 
-    elementwise objectives     What a token's log-probability is multiplied by in the backward is known as
-    soon as
-                               the log-probability is. So a chunk goes all the way, through the loss and
-                               back to dh and dW, while its logits are there: 6 T D V operations, 4 where
-                               the head is frozen, and one exponential a word. The factor is autograd's, of
-                               policy_loss itself.
-    whole rows (GSPO's one     A token's factor depends on the other tokens of its row: all
-    log-probabilities come ratio, the exact KL)       first (kernels/logprob.py, kernels/exact_kl.py), and
-    the backward makes the logits
-                               again: 8 T D V.
+    elementwise objectives   What a token's log-probability is multiplied by in the backward is known as soon
+                             as the log-probability is. So a chunk goes all the way, through the loss and back
+                             to dh and dW, while its logits are there: 6 T D V operations, 4 where the head is
+                             frozen, one exponential a word. The factor is autograd's, of policy_loss itself.
+    whole rows               (GSPO's one ratio a row, the exact KL) A token's factor depends on the other
+                             tokens of its row: all log-probabilities come first (kernels/logprob.py and
+                             kernels/exact_kl.py), and the backward makes the logits again: 8 T D V.
 
 A full update of Qwen2.5-0.5B takes 0.91 of the time in the first way (dev/LOG.md, 2026-11-21).
 
@@ -79,13 +75,15 @@ def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, t
 
 
 def policy_head_ref(hidden, weight, targets, tokens, objective, *, reference=None, **sampling):
-    """The definition: all tokens at once, whole logits and autograd. Arguments and results as
-    `policy_head`.
-    """
+    """The definition: all tokens at once, whole logits, autograd. Arguments and results as `policy_head`."""
     logp, entropy = logprob_ref(hidden, weight, targets, **sampling)
     kl = None
     if reference is not None:
-        kl = exact_kl_ref(hidden, weight, *reference, temperature=sampling.get("temperature", 1.0))
+        truncation = dict(sampling)
+        temperature = truncation.pop("temperature", 1.0)
+        z = (hidden @ weight.t() / temperature).detach()
+        kept = truncate_(z, keep=targets, **truncation) > float("-inf")  # (T, V)
+        kl = exact_kl_ref(hidden, weight, *reference, temperature=temperature, kept=kept)
     loss, stats = policy_loss(
         logp, entropy=entropy, exact_kl=kl, **whole_rows(tokens, objective), **objective
     )

@@ -8,7 +8,6 @@ step does not have.
 Dims: B prompts a step, G completions a prompt, N = B * G rows, R rewards.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -17,7 +16,6 @@ import platform
 import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import torch
@@ -29,34 +27,6 @@ import rewards as rewarding
 import rollout
 from evaluation import summary
 from ranks import rank, say, world
-
-
-class Timer:
-    """Seconds by phase: `with timer("sample"): ..`. On a GPU a phase ends when the device is done, not when
-    Python is.
-    """
-
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.seconds = dict.fromkeys(("sample", "score", "reference", "train"), 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, phase):
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[phase] += time.perf_counter() - start
-
-    def metrics(self, tokens: int) -> dict:
-        """tokens: drawn in the step, over all ranks."""
-        seconds, total = self.seconds, time.perf_counter() - self.start
-        m = {f"time/{phase}": spent for phase, spent in seconds.items()}
-        m["step_time"] = total
-        m["time/other"] = total - sum(seconds.values())
-        m["tokens_per_second/sample"] = tokens / seconds["sample"]
-        m["tokens_per_second/train"] = tokens / max(1e-9, seconds["reference"] + seconds["train"])
-        return m
 
 
 # --------------------------------------------------------------------------------------------- metrics

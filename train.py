@@ -384,9 +384,8 @@ def trainer_logp(run, step, batch) -> list[list[float]]:
     needed.
     """
     found = [[] for _ in batch.out.ids]
-    for numbers, prompts, completions in micro_batches(
-        batch, range(len(batch.prompts)), run.cfg.micro_tokens
-    ):
+    groups = range(len(batch.prompts))
+    for numbers, prompts, completions in micro_batches(batch, groups, run.micro_tokens):
         with step.timer("reference"):
             run.model.eval()
             logp, _, _ = run.model.completion_logprobs(prompts, completions, **step.sampling)

@@ -66,9 +66,8 @@ class _ExactKL(torch.autograd.Function):
         dhidden = dweight = None
         if ctx.needs_input_grad[0]:
             dhidden = torch.empty_like(hidden)
-        if ctx.needs_input_grad[
-            1
-        ]:  # added up in fp32: a bf16 sum over thousands of rows would lose the small ones
+        if ctx.needs_input_grad[1]:
+            # Added up in fp32: a bf16 sum over thousands of rows would lose the small ones.
             dweight = torch.zeros(weight.shape, dtype=dkl.dtype, device=weight.device)
         for rows in chunks(len(hidden), len(weight), hidden.device):
             p, difference, kl = compare(rows, *heads, ctx.temperature, ctx.truncate)

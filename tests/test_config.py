@@ -22,7 +22,9 @@ def test_file_sets_keys_and_flags_win(tmp_path):
 def test_file_may_define_rewards_and_helpers_of_its_own(tmp_path):
     path = write(
         tmp_path,
-        "import math\n_half = 0.5\ndef mine(completions, **_):\n    return [_half] * len(completions)\nrewards = [(mine, 1.0)]\n",
+        "import math\n_half = 0.5\n"
+        "def mine(completions, **_):\n    return [_half] * len(completions)\n"
+        "rewards = [(mine, 1.0)]\n",
     )
     function, weight = configs.load([path]).rewards[0]
     assert function(completions=["a", "b"]) == [0.5, 0.5] and weight == 1.0

@@ -1,4 +1,5 @@
-"""loss.py against: loops written from the papers in float64, autograd, finite differences, numbers worked out by hand, and TRL.
+"""loss.py against: loops written from the papers in float64, autograd, finite differences, numbers worked
+out by hand, and TRL.
 
 Run: python -m pytest tests/test_loss.py
 Shapes as in loss.py: T tokens, N rows, B prompts, G completions of each.
@@ -32,7 +33,9 @@ OPTIONS = [
 
 
 def batch(seed=8, lengths=(3, 1, 5, 0, 2, 4, 3, 2), dtype=F64):
-    """Ragged rows: one of no tokens, one of a single token, one of advantage 0; ratios on both sides of every bound."""
+    """Ragged rows: one of no tokens, one of a single token, one of advantage 0; ratios
+    on both sides of every bound.
+    """
     g = torch.Generator().manual_seed(seed)
     rows = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)])
     T, N = len(rows), len(lengths)
@@ -61,7 +64,7 @@ def value_and_grad(x, **options):
     return value.detach(), *grads, stats
 
 
-# ------------------------------------------------------------------------- the oracle: one token at a time, no shared code
+# ------------------------------------------------------------ the oracle: one token at a time, no shared code
 
 
 def oracle(
@@ -80,7 +83,9 @@ def oracle(
     max_new_tokens,
     weight=None,
 ):
-    """The loss from FORMULAS, scalar by scalar; tensors of no dimension, so that autograd can differentiate it."""
+    """The loss from FORMULAS, scalar by scalar; tensors of no dimension, so that
+    autograd can differentiate it.
+    """
     logp, old, ref, ent = ([v for v in x[k]] for k in ("logp", "old_logp", "ref_logp", "entropy"))
     adv, rows = x["adv"].tolist(), x["rows"].tolist()
     N, total = len(adv), 0.0
@@ -177,7 +182,7 @@ def test_cispo_gradient_is_that_of_the_weighted_log_probability():
     torch.testing.assert_close(grad, -weight * x["adv"][x["rows"]] / len(weight), rtol=1e-13, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------ numbers by hand
+# -------------------------------------------------------------------------------------------- numbers by hand
 
 
 def one_token(rho, adv, **options):
@@ -214,7 +219,9 @@ def test_objective_of_one_token_by_hand(objective, rho, adv, options, value, gra
 
 
 def test_gspo_by_hand():
-    """Ratios 2 and 1/2 average to 1 in the log: GSPO does not clip what clip would clip twice, and both tokens get s A."""
+    """Ratios 2 and 1/2 average to 1 in the log: GSPO does not clip what clip would clip twice, and both
+    tokens get s A.
+    """
     logp = torch.log(torch.tensor([0.5, 0.25], dtype=F64)).requires_grad_()
     old = torch.log(torch.tensor([0.25, 0.5], dtype=F64))
     value, stats = policy_loss(
@@ -226,7 +233,9 @@ def test_gspo_by_hand():
 
 
 def test_aggregation_by_hand():
-    """Rows of 1 and 3 tokens, l = -A logp = 2, 1, 1, 1: token 5/4, sequence (2 + 1)/2, constant 5/(2*10), group of 2: 5."""
+    """Rows of 1 and 3 tokens, l = -A logp = 2, 1, 1, 1: token 5/4, sequence (2 + 1)/2, constant 5/(2*10),
+    group of 2: 5.
+    """
     logp, adv, rows = torch.full((4,), -1.0, dtype=F64), torch.tensor([2.0, 1.0]), torch.tensor([0, 1, 1, 1])
     want = {"token": 1.25, "sequence": 1.5, "constant": 0.25, "group": 5.0}
     for aggregate, value in want.items():
@@ -272,7 +281,9 @@ def test_kl_by_hand(kl, times, value, grad):
 
 @pytest.mark.parametrize("kl", ["k1", "k3"])
 def test_kl_times_ratio_has_the_value_and_gradient_of_the_exact_kl_off_policy(kl):
-    """The expectation under the sampler, summed over a vocabulary of 5, against KL(policy || reference) itself."""
+    """The expectation under the sampler, summed over a vocabulary of 5, against
+    KL(policy || reference) itself.
+    """
     g = torch.Generator().manual_seed(0)
     logits, old, ref = (torch.randn(5, generator=g, dtype=F64) for _ in range(3))
     logits.requires_grad_()
@@ -311,7 +322,7 @@ def test_k3_is_exact_and_never_negative_near_zero():
     assert (each - exact).abs().max() < 1e-10
 
 
-# ------------------------------------------------------------------------------------------------ splits and chunks
+# ------------------------------------------------------------------------------------------ splits and chunks
 
 
 def take(x, tokens, rows=None):
@@ -337,7 +348,9 @@ def add_parts(x, parts, **options):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_gradient_and_stats_do_not_depend_on_micro_batches(objective):
-    """Every option, over random splits into whole rows, with advantages of the whole step or of the micro-batch."""
+    """Every option, over random splits into whole rows, with advantages of the whole
+    step or of the micro-batch.
+    """
     x, rng = batch(), random.Random(0)
     lengths = torch.bincount(x["rows"], minlength=8).tolist()
     for o in (o for o in OPTIONS if o["objective"] == objective):
@@ -407,7 +420,7 @@ def test_a_rank_without_tokens_adds_nothing():
         assert all(torch.equal(merged[k], v) for k, v in full.items() if "loss" not in k)
 
 
-# ------------------------------------------------------------------------------------------------ zeros and infinities
+# --------------------------------------------------------------------------------------- zeros and infinities
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -479,7 +492,9 @@ def test_clipped_token_whose_ratio_overflows_has_zero_gradient_not_nan(objective
 
 @pytest.mark.parametrize("dtype, near, far", [(torch.float32, 80.0, 90.0), (F64, 700.0, 720.0)])
 def test_exponentials_are_exact_up_to_the_limit_and_then_stay_finite_with_the_right_sign(dtype, near, far):
-    """k3 of a token the policy has abandoned must still pull it back (gradient -), and harder the further it is."""
+    """k3 of a token the policy has abandoned must still pull it back (gradient -), and
+    harder the further it is.
+    """
     d = torch.tensor([-INF, -5.0, 0.0, 1e-3, 5.0, 30.0, near, far, 2 * far], dtype=dtype)
     x = d.clone().requires_grad_()
     y = loss.tamed(torch.exp, x)
@@ -512,7 +527,9 @@ def test_nan_is_not_hidden():
 
 
 def test_on_policy_clip_and_cispo_have_the_gradient_of_reinforce_to_the_bit():
-    """Ratio 1 is a tie in min(): the gradient must not be halved or doubled there. The loss is -mean A, not 0."""
+    """Ratio 1 is a tie in min(): the gradient must not be halved or doubled there. The
+    loss is -mean A, not 0.
+    """
     x = batch(5)
     x["old_logp"] = x["logp"]
     _, want, *_ = value_and_grad(x, objective="reinforce")
@@ -532,7 +549,7 @@ def test_on_policy_clip_and_cispo_have_the_gradient_of_reinforce_to_the_bit():
 
 
 def test_old_and_reference_and_advantage_are_constants():
-    """old_logp=logp without detach() has a gradient of 0 in many scripts; here it is the on-policy gradient."""
+    """old_logp=logp without detach() gives many scripts a gradient of 0; here it is the on-policy one."""
     x = with_grad(batch())
     value, _ = policy_loss(**(x | {"old_logp": x["logp"]}))
     (grad,) = torch.autograd.grad(value, x["logp"])
@@ -632,7 +649,7 @@ def oracle_advantages(rewards, scale, ddof, eps):
 @pytest.mark.parametrize("scale", SCALES)
 def test_advantages_equal_a_loop_with_nones_anywhere(scale):
     rng = random.Random(0)
-    for trial in range(60):
+    for _ in range(60):
         B, G = rng.randint(1, 5), rng.randint(2, 9)
         draw = rng.choice(
             [lambda: rng.gauss(0, 3), lambda: float(rng.random() < 0.5), lambda: 0.1 * rng.randint(0, 2)]
@@ -671,7 +688,9 @@ def test_advantages_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rewards_give_exactly_zero_even_without_eps(scale, dtype):
-    """0.1 eight times has a mean that is not 0.1: (r - mean) / std of rounding noise has been an advantage of thousands."""
+    """0.1 eight times has a mean that is not 0.1: (r - mean) / std of rounding noise
+    has been an advantage of thousands.
+    """
     values = [0.1, 0.2, 0.3, 0.7, 1 / 3, 1e-30, 1e8 + 0.1, -2.3]
     for G in (2, 3, 5, 7, 8, 16, 63):
         group = torch.tensor(values, dtype=dtype)[:, None].expand(-1, G).clone()
@@ -786,11 +805,15 @@ def test_unknown_scale_and_wrong_rank_of_rewards_stop():
 def test_the_file_can_be_copied_out_alone():
     """Standard library and torch, and nothing but definitions at the top level."""
     tree = ast.parse(pathlib.Path(loss.__file__).read_text())
-    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert names == {"difflib", "math", "torch"} and not any(
-        isinstance(n, ast.ImportFrom) for n in ast.walk(tree)
-    )
-    assert all(isinstance(n, (ast.Import, ast.FunctionDef, ast.Assign, ast.Expr)) for n in tree.body)
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    assert modules == {"dataclasses", "difflib", "inspect", "math", "torch"}
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr)
+    assert all(isinstance(node, definitions) for node in tree.body)
 
 
 def test_float32_agrees_with_float64():
@@ -803,7 +826,9 @@ def test_float32_agrees_with_float64():
 
 
 def test_no_tensor_is_read_back_to_the_host():
-    """On the meta device a tensor has no values: .item(), a comparison in an if, nonzero or bincount would raise."""
+    """On the meta device a tensor has no values: .item(), a comparison in an if,
+    nonzero or bincount would raise.
+    """
     x = {k: v.to("meta") for k, v in batch().items()}
     for o in (
         dict(objective=o, aggregate=a, beta=0.1, kl_times_ratio=True, entropy_coef=0.1)
@@ -833,7 +858,9 @@ def test_gpu_gives_the_same_numbers_and_is_never_waited_for():
 
 @pytest.fixture(scope="module")
 def trl_loss():
-    """TRL's own GRPOTrainer._compute_loss on the least `self` that it accepts: (batch, settings) -> loss, gradient, metrics."""
+    """TRL's own GRPOTrainer._compute_loss on the least `self` that it accepts: (batch,
+    settings) -> loss, gradient, metrics.
+    """
     trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
 
     def run(
@@ -983,7 +1010,7 @@ def test_entropy_mask_equals_trl(trl_loss, top):
     torch.testing.assert_close(grad, want_grad, rtol=1e-12, atol=1e-14)
 
 
-# ------------------------------------------------------------------------------------------ several rewards, masks, mismatch
+# --------------------------------------------------------------------------- several rewards, masks, mismatch
 def test_normalize_then_sum_equals_a_loop_with_nones_anywhere():
     g = torch.Generator().manual_seed(4)
     for _ in range(50):
@@ -1020,7 +1047,9 @@ def test_normalize_then_sum_equals_a_loop_with_nones_anywhere():
 
 
 def test_normalize_then_sum_tells_apart_what_a_sum_does_not():
-    """GDPO's point: with the rewards (0, 1), (1, 0) and (1, 1) summed in groups of two, a prompt whose answers differ in both parts looks like one whose differ in one."""
+    """GDPO's point: with the rewards (0, 1), (1, 0) and (1, 1) summed in groups of two, a prompt whose
+    answers differ in both parts looks like one whose differ in one.
+    """
     parts = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [1.0, 1.0]]])
     summed = advantages(parts.sum(2))
     torch.testing.assert_close(summed[0], summed[1], rtol=1e-3, atol=1e-3)

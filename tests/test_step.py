@@ -1,8 +1,10 @@
-"""A whole training step against others' code: gradients of transformers' models on the naive formula, TRL's GRPOTrainer, and a step with layers computed twice.
+"""A whole training step against others' code: gradients of transformers' models on the naive formula, TRL's
+GRPOTrainer, and a step with layers computed twice.
 
 Run: python -m pytest tests/test_step.py
-The oracle of the gradient is written as a paper would: every sequence by itself through transformers' model, log_softmax over whole logits, the
-objective token by token, autograd. Nothing is shared with model.py, kernels/ and loss.py but the weights.
+The oracle of the gradient is written as a paper would: every sequence by itself through transformers' model,
+log_softmax over whole logits, the objective token by token, autograd. Nothing is shared with model.py,
+kernels/ and loss.py but the weights.
 """
 
 import itertools
@@ -28,7 +30,7 @@ G = torch.Generator
 
 
 def ragged(seed=0, V=61):
-    """Three groups of different sizes: prompts of 1 to 9 ids, completions of 1 to 13. (prompts, completions)"""
+    """Three groups of different sizes, prompts of 1 to 9 ids, completions of 1 to 13."""
     g = G().manual_seed(seed)
     draw = lambda n: torch.randint(0, V, (n,), generator=g).tolist()
     return [draw(7), draw(1), draw(9)], [
@@ -39,7 +41,9 @@ def ragged(seed=0, V=61):
 
 
 def constants(prompts, completions, logp, dtype):
-    """(old_logp (M,), ref_logp (M,), adv (N,)) near logp, of which some ratios are beyond the clip and one advantage is 0."""
+    """(old_logp (M,), ref_logp (M,), adv (N,)) near logp, of which some ratios are
+    beyond the clip and one advantage is 0.
+    """
     g, N = G().manual_seed(3), sum(map(len, completions))
     adv = torch.randn(N, generator=g, dtype=torch.float64)
     adv[2] = 0.0
@@ -54,7 +58,9 @@ OPTIONS = dict(beta=0.1, entropy_coef=0.05)
 
 
 def naive_loss(model, prompts, completions, old, ref, adv, temperature):
-    """GRPO's Eq. 3 with k3 and an entropy bonus, mean over tokens: a loop over sequences and tokens. Returns the loss and log-probabilities."""
+    """GRPO's Eq. 3 with k3 and an entropy bonus, mean over tokens: a loop over sequences and tokens. Returns
+    the loss and log-probabilities.
+    """
     total, logps, t = 0.0, [], 0
     flat = [(prompt, completion) for prompt, group in zip(prompts, completions) for completion in group]
     for i, (prompt, completion) in enumerate(flat):
@@ -91,7 +97,9 @@ def assert_same_gradients(ours: dict, theirs: dict, tolerance):
 
 
 def our_loss(model, prompts, completions, old, ref, adv, temperature, micro_tokens):
-    """Loss and backward over micro-batches, as train.py does it. Returns the loss and the number of micro-batches."""
+    """Loss and backward over micro-batches, as train.py does it. Returns the loss and
+    the number of micro-batches.
+    """
     flat_numbers = dict(
         zip(((b, g) for b, group in enumerate(completions) for g in range(len(group))), itertools.count())
     )
@@ -121,7 +129,7 @@ def our_loss(model, prompts, completions, old, ref, adv, temperature, micro_toke
     return total, len(cuts)
 
 
-# --------------------------------------------------------------------------------- transformers, autograd and the naive formula
+# --------------------------------------------------------------- transformers, autograd and the naive formula
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"]
 )
@@ -129,7 +137,9 @@ def our_loss(model, prompts, completions, old, ref, adv, temperature, micro_toke
 def test_every_gradient_of_a_step_equals_transformers_on_the_naive_formula(
     name, dtype, tolerance, tmp_path, monkeypatch
 ):
-    """Full fine-tuning: embedding, tied or not, norms and biases included; and the same where groups are cut into micro-batches."""
+    """Full fine-tuning: embedding, tied or not, norms and biases included; and the same
+    where groups are cut into micro-batches.
+    """
     theirs, (prompts, completions) = oracle(FAMILIES[name], tmp_path), ragged()
     theirs = in_double(theirs, monkeypatch) if dtype == torch.float64 else theirs
     model = models.load(str(tmp_path), dtype=dtype)
@@ -195,14 +205,13 @@ def gradient_views(model) -> dict:
     places = {p.data_ptr(): (name, p.shape) for name, p in lora.peft_names(model).items()}
     found = {}
     for layer in lora.layers(model).values():
-        for part, dA, A, B in zip(
-            layer.targets, layer.A.grad.split(layer.rank), layer.A.split(layer.rank), layer.B
-        ):
+        grads, parts = layer.A.grad.split(layer.rank), layer.A.split(layer.rank)
+        for dA, A, B in zip(grads, parts, layer.B, strict=True):
             found[places[A.data_ptr()][0]], found[places[B.data_ptr()][0]] = dA, B.grad
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- layers computed twice
+# -------------------------------------------------------------------------------------- layers computed twice
 class Kept:
     """Bytes that a forward keeps for its backward, weights aside: each storage once."""
 
@@ -270,7 +279,7 @@ def test_checkpointing_does_nothing_where_nobody_learns(tiny, monkeypatch):
         tiny.completion_logprobs([[1, 2]], [[[3], [4]]])
 
 
-# ------------------------------------------------------------------------------------------------------------------------- TRL
+# -------------------------------------------------------------------------------------------------------- TRL
 STEPS, LR = 3, 1e-2
 
 
@@ -291,7 +300,9 @@ def reward(completion_ids, **_):
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def trl_run(request, tmp_path_factory):
-    """STEPS steps of TRL's GRPOTrainer on a tiny random Llama: the folder it began with, and for each step its inputs, loss, gradients and weights after it."""
+    """STEPS steps of TRL's GRPOTrainer on a tiny random Llama: the folder it began with, and for each step
+    its inputs, loss, gradients and weights after it.
+    """
     grpo = pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -361,7 +372,9 @@ def trl_run(request, tmp_path_factory):
 
 
 def rollouts(inputs):
-    """TRL's padded, shuffled inputs as ragged groups: (prompts B, completions (B, G), flat old_logp or None, flat ref_logp, advantages (N,))."""
+    """TRL's padded, shuffled inputs as ragged groups: (prompts B, completions (B, G), flat old_logp or None,
+    flat ref_logp, advantages (N,)).
+    """
     real = lambda ids, mask: [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
     prompts, completions = (
         real(inputs["prompt_ids"], inputs["prompt_mask"]),
@@ -381,7 +394,9 @@ def rollouts(inputs):
 
 
 def test_whole_steps_equal_trls(trl_run):
-    """Same rollouts, fp32: advantages, reference, loss, gradient and weights after the update, three steps in a row, so that Adam's moments count too."""
+    """Same rollouts, fp32: advantages, reference, loss, gradient and weights after the update, three steps
+    in a row, so that Adam's moments count too.
+    """
     folder, start, steps = trl_run
     model = models.load(str(folder))
     if with_lora := any("lora" in name for name in start):
@@ -427,8 +442,7 @@ def test_whole_steps_equal_trls(trl_run):
         assert_same_gradients(grads(), step["grads"], 2e-5)
         for name, p in step["weights"].items():
             assert float((names[name].detach() - p).abs().max()) < 0.01 * LR, name
-            names[name].data.copy_(
-                p
-            )  # to the bit: Adam divides small gradients by themselves, and rounding would grow from step to step
+            # To the bit: Adam divides small gradients by themselves, so rounding would grow with the steps.
+            names[name].data.copy_(p)
         optimizer.zero_grad()
     assert len(steps) == STEPS and len(lengths) > 3
