@@ -4,7 +4,7 @@
     python bench/figures.py arithmetic FILE OUT    # one picture, of another run's metrics.jsonl
 
 bench/curves.py looks at any run in a moment. This script is for pictures that are read without their
-text: every axis has a name and a unit, every curve its name at its end, and no two curves differ by colour alone.
+text: every axis has a name and a unit, every curve its name at its end, and no two differ by colour alone.
 
 It needs matplotlib (`pip install matplotlib`), which nothing else here does but bench/curves.py: a
 tool of development, in no requirements file.
