@@ -1,5 +1,5 @@
-"""The record of a step and its completions: what sampling yields, what all ranks know of it, and its
-micro-batches.
+"""The record of a step and its completions: what sampling yields, what all ranks
+know of it, and its micro-batches.
 
 A Step is made when a step begins and goes to sampler, trainer, advantages and log. A Batch holds one rank's
 completions. Scores are gathered from all ranks, once: everything that a step decides is made from them.
@@ -144,8 +144,8 @@ def gather_scores(batch) -> Scores:
 
 
 def micro_batches(batch, groups, micro_tokens: int):
-    """Yields (numbers, prompts, completions) of the rows in these groups that are needed, a micro-batch at
-    a time.
+    """Yields (numbers, prompts, completions) of the rows in these groups that are
+    needed, a micro-batch at a time.
 
     numbers: the rows' numbers in the batch; prompts and completions: what the model scores, in the same
     order.

@@ -1,24 +1,24 @@
-"""The memory of sampling: keys and values of prompts and of drawn tokens, how many bytes they take, and what
-fits.
+"""The memory of sampling: keys and values of prompts and of drawn tokens, how many
+bytes they take, and what fits.
 
     slots = plan_slots(shape, itemsize, usable_bytes(device), slots=64, group_size=8, prompts=16,
     prompt_tokens=100, new_tokens=256) cache = Cache(model, groups=group_places(slots, 8, 16), slots=slots,
     prompt_tokens=100, new_tokens=256)
 
-A *place* holds the keys of one prompt, which all rows of its group read. A *slot* holds the keys of the
-tokens that one row has drawn. A group of 16 therefore stores its prompt once, and a slot is no longer than a
-completion.
+A *place* holds the keys of one prompt, which all rows of its group read. A *slot* holds the keys
+of the tokens that one row has drawn. A group of 16 therefore stores its prompt once, and a slot
+is no longer than a completion.
 
-Dims: L layers, K key/value heads, E head width, P prompt tokens of a place, C own tokens of a slot, V
-vocabulary.
+Dims: L layers, K key/value heads, E head width, P prompt tokens of a place, C own
+tokens of a slot, V vocabulary.
 """
 
 import torch
 
 
 class Cache:
-    """Keys and values: prompts (L, places, K, P, E), read by all rows of a group, and own tokens (L, slots,
-    K, C, E)."""
+    """Keys and values: prompts (L, places, K, P, E), read by all rows of a group, and
+    own tokens (L, slots, K, C, E)."""
 
     def __init__(self, model, *, groups: int, slots: int, prompt_tokens: int, new_tokens: int):
         s = model.shape
@@ -91,8 +91,8 @@ def free_bytes(device) -> float:
 
 
 def usable_bytes(device) -> float:
-    """What sampling may take of the free memory: a fifth is left to activations, and to what else grows in
-    the process."""
+    """What sampling may take of the free memory: a fifth is left to activations, and to
+    what else grows in the process."""
     return 0.8 * free_bytes(device)
 
 
@@ -145,8 +145,8 @@ def plan_places(
     prompt_tokens: int,
     new_tokens: int,
 ) -> int:
-    """How many prompts' keys to hold where all are to be prefilled before the first token: all, or as many as
-    fit.
+    """How many prompts' keys to hold where all are to be prefilled before the first
+    token: all, or as many as fit.
 
     Never fewer than group_places, which plan_slots has found room for.
     """

@@ -5,10 +5,10 @@
         optimizer.safetensors                 AdamW.state()
         state.json                            step, the caller's state, [bytes, sha256] of each file
 
-A process can die between any two instructions (out of memory, preempted, a second Ctrl-C, a full disk). So a
-checkpoint is written under a name that nobody reads, made durable (fsync), and then gets its real name in one
-rename, which a POSIX file system does entirely or not at all. Names that begin with a dot belong to saves
-that have not ended:
+A process can die between any two instructions (out of memory, preempted, a second Ctrl-C, a full disk).
+So a checkpoint is written under a name that nobody reads, made durable (fsync), and then gets its real
+name in one rename, which a POSIX file system does entirely or not at all. Names that begin with a dot
+belong to saves that have not ended:
 
     .tmp-*             rubbish: half a save, or an old checkpoint on its way out; every save deletes it
     .old-step_000100   a whole checkpoint that made room for a new step_000100; read only if that never came

@@ -128,8 +128,8 @@ class Config:
     wandb_project: str = "nanogrpo"
 
 
-# What papers of these names do, where it differs in loss and sampling; rates and lengths are the task's
-# business.
+# What papers of these names do, where it differs in loss and sampling; rates and
+# lengths are the task's business.
 PRESETS = {
     "grpo": dict(  # arXiv:2402.03300
         objective="clip", aggregate="sequence", advantage="group", clip_low=0.2, clip_high=0.2, beta=0.04,
@@ -259,8 +259,8 @@ def parse(key: str, text: str):
 
 
 def accepted(key: str) -> set[type]:
-    """The types that a key takes. An option of an objective that is no field takes what can be written as a
-    literal.
+    """The types that a key takes. An option of an objective that is no field takes
+    what can be written as a literal.
     """
     if key not in TYPES:
         return {bool, int, float, types.NoneType}
@@ -268,8 +268,8 @@ def accepted(key: str) -> set[type]:
 
 
 def check_type(key: str, value):
-    """The value, its type checked against the field's: an int promotes to float, a list to tuple; no more
-    than that.
+    """The value, its type checked against the field's: an int promotes to float, a
+    list to tuple; no more than that.
     """
     kinds = accepted(key)
     if float in kinds and type(value) is int:

@@ -462,10 +462,9 @@ def stop_ids(tokenizer, folder: str | None = None) -> list[int]:
 
 
 # -------------------------------------------------------------------------- what graders read in a text
-# A number: its sign, then 1,234,567 or 1234567, with or without decimals, or .5. A minus after a letter,
-# a digit or ")" is not a sign: 5-3, x-3. int() and float() are no parsers for this: they take "٣",
-# "1_000" and "nan"; and \d takes "٣" too. All counts are bounded and possessive (++), so that no text is
-# slow.
+# A number: its sign, then 1,234,567 or 1234567, with or without decimals, or .5. A minus after a letter, a
+# digit or ")" is not a sign: 5-3, x-3. int() and float() are no parsers for this: they take "٣", "1_000" and
+# "nan"; and \d takes "٣" too. All counts are bounded and possessive (++), so that no text is slow.
 SIGN = r"((?:(?<![\w)])[-+−])?)"
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,60}(?![0-9])|[0-9]{1,200}+)"
 NUMBER = rf"{SIGN}\$?({DIGITS}(?:\.[0-9]{{1,200}}+)?|(?<![0-9])\.[0-9]{{1,200}}+)"

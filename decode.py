@@ -7,9 +7,9 @@
     slots.run(n, 8, longest)                  # starts 8 steps of slots 0..n-1 and returns at once
     tokens, logps, entropies = slots.read()   # of the oldest block that has not been read; waits for it
 
-A *slot* is one row's seat in the batch: the token to feed next, how many tokens it has drawn, its own keys. A
-*block* is a number of steps between two looks of the host: 1 on a CPU, 8 on a GPU. A *place* holds a prompt's
-keys (cache.py).
+A *slot* is one row's seat in the batch: the token to feed next, how many tokens it has drawn, its own
+keys. A *block* is a number of steps between two looks of the host: 1 on a CPU, 8 on a GPU. A *place*
+holds a prompt's keys (cache.py).
 
 Why static buffers. A step of a 0.5B model is about 400 kernel launches, each of which costs the host more
 time than the GPU. So all of a step (model, draw, stop flags, positions, output) reads and writes tensors that
@@ -56,10 +56,10 @@ LARGEST = 1 / 8
 class GridAttention:
     """The torch form: row i adds its key to slot i and sees its group's prompt and its own tokens.
 
-    The prompt's part runs once a group: the rows of a group stand together as queries, so a prompt's keys are
-    read once and not G times. For that, rows are laid on a grid of g places x m rows (`grid`; unused cells
-    hold any row), and `back` finds each row on it. The R query heads of a key head are R rows of queries, so
-    no key is expanded.
+    The prompt's part runs once a group: the rows of a group stand together as queries, so a prompt's keys
+    are read once and not G times. For that, rows are laid on a grid of g places x m rows (`grid`; unused
+    cells hold any row), and `back` finds each row on it. The R query heads of a key head are R rows of
+    queries, so no key is expanded.
     """
 
     # The grid's shape and the longest row are Python numbers: a recording would keep old ones.
@@ -104,8 +104,8 @@ class GridAttention:
         self.back = torch.tensor(back, device=self.mask.device)
 
     def advance(self, own, prompt_lengths, longest: int):
-        """Before a step: rows have `own` (n,) tokens in their slots, `longest` at most, and their next key
-        opens.
+        """Before a step: rows have `own` (n,) tokens in their slots, `longest` at
+        most, and their next key opens.
         """
         n = len(own)
         self.visible = longest + 1  # own keys that any row sees
@@ -144,8 +144,8 @@ class GridAttention:
 
 
 class TableAttention:
-    """The Triton form: the kernel finds a row's keys by its line of a table on the device. The host is not
-    needed.
+    """The Triton form: the kernel finds a row's keys by its line of a table on the
+    device. The host is not needed.
     """
 
     records = True
@@ -190,8 +190,8 @@ def attention_form(model):
 
 # --------------------------------------------------------------------------------------------------- the step
 class Slots:
-    """The static buffers of `slots` rows, their decoding step, and its graphs. Attributes in `state` have one
-    entry a slot.
+    """The static buffers of `slots` rows, their decoding step, and its graphs. Attributes in
+    `state` have one entry a slot.
 
     groups, slots, prompt_tokens, new_tokens: sizes of the cache. block: most steps of a run. asked: sizes
     that were wanted where fewer fitted in memory, so that `holds` does not send the next call to try again.
@@ -233,8 +233,8 @@ class Slots:
         self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
     def holds(self, *, block: int, **sizes) -> bool:
-        """Whether a call of these sizes can run here, with fewer slots and places only if these were all that
-        fitted.
+        """Whether a call of these sizes can run here, with fewer slots and places only
+        if these were all that fitted.
         """
         exact = ("prompt_tokens", "new_tokens")
         room = {
@@ -317,8 +317,8 @@ class Slots:
         own += ~done  # a row that is done stays where it is: its key's place is inside its slot
 
     def run(self, n: int, steps: int, longest: int) -> int:
-        """Starts `steps` steps of slots 0..n-1, and the copying of what they draw. Returns how many slots
-        they compute.
+        """Starts `steps` steps of slots 0..n-1, and the copying of what they draw.
+        Returns how many slots they compute.
 
         longest: the most own tokens that any of these rows can have in its slot now.
         """
@@ -346,8 +346,8 @@ class Slots:
         return size
 
     def read(self):
-        """What the oldest unread block drew: ids, log-probabilities, entropies, each steps lists of n. Waits
-        for it.
+        """What the oldest unread block drew: ids, log-probabilities, entropies, each
+        steps lists of n. Waits for it.
         """
         which, steps, n = self.unread.popleft()
         if self.on_gpu:

@@ -1,5 +1,5 @@
-"""How good a model is on held-out problems: greedy accuracy, strict and lenient, or pass@k, each with its
-interval.
+"""How good a model is on held-out problems: greedy accuracy, strict and lenient, or
+pass@k, each with its interval.
 
     python eval.py configs/gsm8k.py --model=Qwen/Qwen2.5-0.5B-Instruct --eval_problems=1319
     python eval.py configs/gsm8k.py --model=out/gsm8k/ckpt/step_000500 --eval_samples=8

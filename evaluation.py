@@ -19,8 +19,8 @@ AT_ONCE = 512  # problems between looks at Ctrl-C; more at once would fill the s
 
 
 def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion right / n: Wilson's score interval (1927), inside 0..1 and honest at 0
-    and n.
+    """95 % interval of a proportion right / n: Wilson's score interval (1927),
+    inside 0..1 and honest at 0 and n.
     """
     p, zz = right / n, z * z / n
     middle = p + zz / 2
@@ -120,8 +120,8 @@ def first_batch(reward, stopped, texts, rows, ids, finds, *, temperature, max_ne
     """What training would meet in its first batch, for a person: spread, groups with signal, truncation,
     samples.
 
-    reward (B, G), NaN for None; stopped, texts, ids: B * G; rows: B; finds: a function text -> answer or
-    None.
+    reward (B, G), NaN for None; stopped, texts, ids: B * G; rows: B; finds: a
+    function text -> answer or None.
     """
     (B, G), flat = reward.shape, reward.reshape(-1)
     spread = [float(row[~row.isnan()].std(correction=0)) if (~row.isnan()).any() else 0.0 for row in reward]

@@ -44,10 +44,10 @@ def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, t
                 top_p=1.0, min_p=0.0):  # fmt: skip
     """The loss of the tokens `targets` (T,) predicted from hidden (T, D) by weight (V, D).
 
-    Differentiable in hidden and weight. tokens: loss.Tokens, what each token carries. objective: a dict of
-    policy_loss's keywords, `norm` among them. reference: (hidden (T, D), weight (V, D)) of the reference
-    where the objective has the exact KL. temperature, top_k, top_p, min_p: of the distribution that was
-    sampled.
+    Differentiable in hidden and weight. tokens: loss.Tokens, what each token carries. objective: a dict
+    of policy_loss's keywords, `norm` among them. reference: (hidden (T, D), weight (V, D)) of the
+    reference where the objective has the exact KL. temperature, top_k, top_p, min_p: of the
+    distribution that was sampled.
 
     Returns the loss (0-d), the entropy (T,) in nats and policy_loss's stats, the last two without gradient. A
     second backward through the loss needs a second forward.
@@ -105,8 +105,8 @@ def truncate_rows(z, rows, *, targets, **truncation):
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Elementwise objectives. The gradients are made in the forward, chunk by chunk, and handed out in the
-    backward.
+    """Elementwise objectives. The gradients are made in the forward, chunk by chunk,
+    and handed out in the backward.
     """
 
     @staticmethod
@@ -139,8 +139,8 @@ class _ChunkedHead(torch.autograd.Function):
             if dweight is not None:
                 add_outer_(dweight, dz, hidden[rows])
 
-        # Not saved for the backward, where we hand them out and keep nothing: autograd would otherwise copy
-        # them.
+        # Not saved for the backward, where we hand them out and keep nothing:
+        # autograd would otherwise copy them.
         ctx.grads = dhidden, None if dweight is None else dweight.to(weight.dtype)
         ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
@@ -152,16 +152,16 @@ class _ChunkedHead(torch.autograd.Function):
             "policy_head makes its gradients once: a second backward needs a second forward"
         )
         grads, ctx.grads = ctx.grads, None
-        # A loss scaler multiplies the loss. On a GPU we multiply without looking, since looking would make
-        # it wait.
+        # A loss scaler multiplies the loss. On a GPU we multiply without looking,
+        # since looking would make it wait.
         if dloss.device.type != "cpu" or dloss != 1:
             grads = [None if grad is None else grad.mul_(dloss.to(grad.dtype)) for grad in grads]
         return *grads, None, None, None, None, None, None
 
 
 def loss_and_factors(logp, entropy, tokens, objective, stats):
-    """The loss of a run of tokens, and autograd's dloss/dlogp and dloss/dentropy (m,); the latter None
-    without effect.
+    """The loss of a run of tokens, and autograd's dloss/dlogp and dloss/dentropy (m,);
+    the latter None without effect.
 
     The sums of policy_loss are added to the dict `stats`.
     """
@@ -180,8 +180,8 @@ def loss_and_factors(logp, entropy, tokens, objective, stats):
 
 
 class TorchChunk:
-    """A chunk's logits in torch: exponentials where the logits stood, and from them the gradient in the
-    same place.
+    """A chunk's logits in torch: exponentials where the logits stood, and from them
+    the gradient in the same place.
     """
 
     @staticmethod
@@ -218,8 +218,8 @@ def slopes_(e, total, targets, entropy, dlogp, dentropy):
 
 
 class TritonChunk:
-    """A chunk's logits on a GPU: one launch reads them for logp and entropy, one writes their gradient over
-    them.
+    """A chunk's logits on a GPU: one launch reads them for logp and entropy, one
+    writes their gradient over them.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
-"""What a person gets to see of a run: the screen, metrics.jsonl, rollouts/, wandb. Nothing here changes
-what it learns.
+"""What a person gets to see of a run: the screen, metrics.jsonl, rollouts/, wandb.
+Nothing here changes what it learns.
 
-Metric names are TRL's where TRL has one. Every mean is a ratio of two sums over the whole step and all
-ranks. On the screen: the first lines say what is trained, then comes one line a step; `-` stands for what a
-step does not have.
+Metric names are TRL's where TRL has one. Every mean is a ratio of two sums over the whole step and
+all ranks. On the screen: the first lines say what is trained, then comes one line a step; `-` stands
+for what a step does not have.
 
 Dims: B prompts a step, G completions a prompt, N = B * G rows, R rewards.
 """

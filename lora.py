@@ -9,10 +9,10 @@
 The model stacks q, k, v (and gate, up) in one matmul; here their A's are stacked too, so the thin matmuls are
 as few as the thick ones. Adapters are fp32 on a base of any dtype: a bf16 adapter would not move at lr 1e-5.
 
-Merged, an adapter costs nothing in a forward, where unmerged its thin matmuls about double a decoding step.
-The price is a second copy of the adapted layers' weights. A merged model is, to the bit, the one that
-merged_state exports. `merge` has to be called again after every update; it writes in place, so that CUDA
-graphs stay good.
+Merged, an adapter costs nothing in a forward, where unmerged its thin matmuls about double a decoding
+step. The price is a second copy of the adapted layers' weights. A merged model is, to the bit, the
+one that merged_state exports. `merge` has to be called again after every update; it writes in place,
+so that CUDA graphs stay good.
 
 Paper: arXiv:2106.09685. Dims: T tokens, D input width, r rank; a layer's output has its parts side by side,
 and `rows` says where a target's are.
@@ -83,8 +83,8 @@ class LoRALinear(nn.Module):
         D = base.weight.shape[1]
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         where = dict(device=base.weight.device, dtype=dtype)
-        # PEFT's start: A uniform like nn.Linear's weight, B zero. Drawn on the CPU, so that every device
-        # starts alike.
+        # PEFT's start: A uniform like nn.Linear's weight, B zero. Drawn on the CPU, so
+        # that every device starts alike.
         A = (torch.rand(len(self.targets) * rank, D, generator=generator) * 2 - 1) / math.sqrt(D)
         self.A = nn.Parameter(A.to(**where))
         # The A's lie under each other in one parameter for one matmul; each B has output rows of its own.
@@ -322,9 +322,9 @@ def read_config(folder: str) -> dict:
 def load_adapter(model, folder: str):
     """Reads a PEFT adapter into a model, which gets LoRA of the file's rank, alpha and targets if needed.
 
-    Returns the model; a model that was merged has to be merged again. Raises ValueError, with no number
-    changed, that names tensors that are missing, unknown or misshapen, and a rank or alpha that is not the
-    model's.
+    Returns the model; a model that was merged has to be merged again. Raises ValueError, with no
+    number changed, that names tensors that are missing, unknown or misshapen, and a rank or
+    alpha that is not the model's.
     """
     config = read_config(folder)
     path = os.path.join(folder, "adapter_model.safetensors")

@@ -1,8 +1,8 @@
 """GRPO's mathematics: from rewards to advantages, from log-probabilities to one scalar to minimise.
 
-A group is G completions of one prompt. A completion is good if it beats its group: that difference is its
-advantage A. The loss makes every token of a good completion likelier and every token of a bad one less
-likely:
+A group is G completions of one prompt. A completion is good if it beats its group: that
+difference is its advantage A. The loss makes every token of a good completion likelier and every
+token of a bad one less likely:
 
     A    = (r - mean of the group) / std of the group             advantages()
     l_t  = -min(rho A, clip(rho) A),  rho = exp(logp - old_logp)  one of OBJECTIVES
@@ -44,8 +44,8 @@ def pick(table, name, what):
 
 
 def std_without_nan(r, ddof):
-    """Standard deviation along the last axis of r (.., G) float64, NaN left out; (.., 1). Where too few are
-    left: 0.
+    """Standard deviation along the last axis of r (.., G) float64, NaN left out; (..,
+    1). Where too few are left: 0.
     """
     valid = ~r.isnan()
     n = valid.sum(-1, keepdim=True)
@@ -125,8 +125,8 @@ def advantages(rewards, *, scale="group", ddof=1, eps=1e-4, baseline=None):
 
 
 def equal_rewards(r):
-    """Bool (B, 1): groups of r (B, G) that say nothing, because all rewards are equal or at most one is
-    scored.
+    """Bool (B, 1): groups of r (B, G) that say nothing, because all rewards are
+    equal or at most one is scored.
 
     Found by an exact comparison. The std of equal rewards is not 0 but rounding noise: eight rewards of 0.1
     need not average to 0.1, and noise / (noise + eps) has been an advantage of 7,000 elsewhere.
@@ -157,8 +157,8 @@ def normalize_then_sum(parts, weights, *, ddof=1, eps=1e-4):
     some_spread = (each[:, :, weighted] != 0).any(2).any(1, keepdim=True)
     some_part = ~parts[:, :, weighted].isnan().all(2)
     live = some_spread & some_part
-    # Over the rows that have an advantage: those without would only shrink the spread, and must stay at
-    # exactly 0.
+    # Over the rows that have an advantage: those without would only shrink the
+    # spread, and must stay at exactly 0.
     chosen = total[live]
     std = chosen.std(correction=ddof) if len(chosen) > ddof else chosen.new_zeros(())
     mean = chosen.mean() if len(chosen) else 0.0
@@ -170,25 +170,25 @@ def normalize_then_sum(parts, weights, *, ddof=1, eps=1e-4):
 
 
 def tamed(f, x):
-    """f(x) for f = exp or expm1, continued along its tangent above x = 80 (float32) or 701 (float64): no
-    overflow.
+    """f(x) for f = exp or expm1, continued along its tangent above x = 80 (float32)
+    or 701 (float64): no overflow.
 
-    Below, bit for bit f(x), and so is the gradient. Above, exp would soon be infinite, and then a token
-    that clipping has switched off still ruins the step, since its gradient is 0 * inf = NaN. A plain clamp
-    would be finite too, but its gradient is 0: k3 would then push the wrong way, on the tokens that drifted
-    furthest.
+    Below, bit for bit f(x), and so is the gradient. Above, exp would soon be infinite, and then a
+    token that clipping has switched off still ruins the step, since its gradient is 0 * inf = NaN.
+    A plain clamp would be finite too, but its gradient is 0: k3 would then push the wrong way, on
+    the tokens that drifted furthest.
     """
     top = math.log(torch.finfo(x.dtype).max) - 8  # 8 nats of room, a factor of 3,000, for advantages and sums
     return f(x.clamp(max=top)) * (1 + (x - top).clamp(min=0))
 
 
 def row_mean(x, rows, lengths):
-    """The mean of x (T,) over each row, handed to each of its tokens (T,); gradients flow. lengths (N,):
-    row lengths.
+    """The mean of x (T,) over each row, handed to each of its tokens (T,); gradients
+    flow. lengths (N,): row lengths.
     """
     # index_add and index_select, not x[rows]: on the CPU their sums run in a fixed order, forward and
-    # backward, so a resumed run gets the same bits. (On a GPU torch.use_deterministic_algorithms(True) does
-    # that.)
+    # backward, so a resumed run gets the same bits. (On a GPU
+    # torch.use_deterministic_algorithms(True) does that.)
     sums = x.new_zeros(lengths.shape[0]).index_add(0, rows, x)  # (N,)
     return (sums / lengths.clamp(min=1)).index_select(0, rows)  # (T,)
 
@@ -231,8 +231,8 @@ def reinforce(logp, ratio, adv):
 
 
 def clip(logp, ratio, adv, *, clip_low=0.2, clip_high=0.2, dual_clip=None):
-    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A): PPO's bound; Eq. 3 of GRPO. No gradient once
-    far enough.
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A): PPO's bound; Eq. 3 of
+    GRPO. No gradient once far enough.
     """
     if min(clip_low, clip_high) < 0 or (dual_clip is not None and dual_clip <= 1):
         raise ValueError(
@@ -251,8 +251,8 @@ def clip(logp, ratio, adv, *, clip_low=0.2, clip_high=0.2, dual_clip=None):
 
 
 def cispo(logp, ratio, adv, *, cispo_max=5.0):
-    """-sg(min(rho, cispo_max)) A logp: bounds the weight of a token, never its gradient; rare words keep
-    learning.
+    """-sg(min(rho, cispo_max)) A logp: bounds the weight of a token, never its
+    gradient; rare words keep learning.
     """
     if cispo_max < 1:
         raise ValueError(
@@ -266,8 +266,8 @@ def cispo(logp, ratio, adv, *, cispo_max=5.0):
 
 
 def gspo(logp, ratio, adv, *, clip_low=0.2, clip_high=0.2, dual_clip=None):
-    """`clip` with ONE ratio for a sequence, the geometric mean over its tokens, since that is what was
-    rewarded.
+    """`clip` with ONE ratio for a sequence, the geometric mean over its tokens,
+    since that is what was rewarded.
     """
     return clip(logp, ratio, adv, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
@@ -331,8 +331,8 @@ AGGREGATES = {"token": per_token, "sequence": per_sequence, "constant": per_cons
 
 
 def normaliser(lengths, *, aggregate, group_size=None, max_new_tokens=None):
-    """The number that a whole optimiser step is divided by; `norm` of policy_loss. Call it once, before the
-    first micro-batch.
+    """The number that a whole optimiser step is divided by; `norm` of policy_loss. Call it
+    once, before the first micro-batch.
 
     lengths: list or (N,) tensor of ints, the completion tokens of every row that is in the loss; a row of
     no tokens counts as a row, a row that was masked out is left out by the caller. Ranks call it on their
@@ -348,8 +348,8 @@ def normaliser(lengths, *, aggregate, group_size=None, max_new_tokens=None):
 
 
 def highest(entropy, fraction):
-    """Bool (T,): the `fraction` of the tokens with the highest entropy (T,), nats; ties are kept. At least
-    one token.
+    """Bool (T,): the `fraction` of the tokens with the highest entropy (T,), nats;
+    ties are kept. At least one token.
 
     The forking tokens of arXiv:2506.01939: a policy term on the highest fifth alone learns as well, or
     better. Give it the tokens of the whole step, or what is kept depends on the micro-batch.
@@ -376,8 +376,8 @@ def mismatch_weight(trainer_logp, sampler_logp, most):
 
 @dataclass
 class Tokens:
-    """What the T completion tokens of n rows carry beside their ids, laid end to end. tokens[a:b] is a run
-    of them.
+    """What the T completion tokens of n rows carry beside their ids, laid end to
+    end. tokens[a:b] is a run of them.
 
     All of it is constant in a backward. The names are those of policy_loss's arguments.
     """
@@ -413,13 +413,12 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
     OBJECTIVES or a function like those; options: its keyword arguments (clip_low=0.2, clip_high=0.2,
     dual_clip=None, cispo_max=5.0, ..). Options of other known objectives are not read. norm: the step's
     divisor, a float from `normaliser`; default: that of the tokens given. With it, the losses and gradients
-    of any split of the rows add up to those of the whole step, whatever the options. lengths (N,) int:
-    tokens of each row, default: counted here. Give it, and norm, to call this on runs of tokens that cut
-    rows; not where the objective has one ratio for a row. weight (T,) >= 0: multiplies the policy term
-    alone, for example 0 or 1 to keep only some tokens. exact_kl (T,) with gradient: KL(policy || reference)
-    over the whole vocabulary, for kl="full". sampler_logp (T,): what the log compares logp with, by default
-    old_logp. mismatch_clip: weigh each token's policy term by `mismatch_weight` of old_logp to
-    sampler_logp.
+    of any split of the rows add up to those of the whole step, whatever the options. lengths (N,) int: tokens
+    of each row, default: counted here. Give it, and norm, to call this on runs of tokens that cut rows; not
+    where the objective has one ratio for a row. weight (T,) >= 0: multiplies the policy term alone, for
+    example 0 or 1 to keep only some tokens. exact_kl (T,) with gradient: KL(policy || reference) over the
+    whole vocabulary, for kl="full". sampler_logp (T,): what the log compares logp with, by default old_logp.
+    mismatch_clip: weigh each token's policy term by `mismatch_weight` of old_logp to sampler_logp.
 
     The KL (times beta) and the entropy (times -entropy_coef) are added after clipping, under the same
     aggregation. kl_times_ratio multiplies the estimator by the token's own rho, with the gradient through
@@ -452,9 +451,9 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
         T, objective, lengths, norm, beta, exact_kl if kl == "full" else ref_logp, entropy_coef, entropy
     )
 
-    # Everything but logp and entropy is a constant. Passing old_logp=logp, the on-policy call with its
-    # detach() forgotten, would otherwise give a ratio of 1 whose gradient is 0: a run that learns nothing
-    # and says nothing.
+    # Everything but logp and entropy is a constant. Passing old_logp=logp, the on-policy call with
+    # its detach() forgotten, would otherwise give a ratio of 1 whose gradient is 0: a run that
+    # learns nothing and says nothing.
     old = old_logp.detach().to(logp)  # (T,)
     A = adv.detach().to(logp)[rows]  # (T,)
     sampler = old if sampler_logp is None else sampler_logp.detach().to(logp)
@@ -466,9 +465,8 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
         weight = mismatch_weight(old, sampler, mismatch_clip) * (1.0 if weight is None else weight)
     term, low, high = policy_term(logp, old, A, rows, lengths, weight, objective, options)
 
-    # What one token weighs. It knows the step (norm) and its row (1 / C_i) but not who else is in this
-    # call: that is why any split into micro-batches gives the same gradient. A step without tokens has norm
-    # 0.
+    # What one token weighs. It knows the step (norm) and its row (1 / C_i) but not who else is in this call:
+    # that is why any split into micro-batches gives the same gradient. A step without tokens has norm 0.
     share = 1 / (norm or 1)
     if aggregate == "sequence":
         share = share / lengths.to(logp)[rows]  # (T,)
@@ -527,8 +525,8 @@ def options_for(objective, options):
 
 
 def check_shapes(logp, adv, lengths, **per_token):
-    """Shapes and dtypes that would train on silently wrong numbers stop here. No check reads a tensor's
-    values.
+    """Shapes and dtypes that would train on silently wrong numbers stop here. No
+    check reads a tensor's values.
     """
     assert logp.dim() == 1 and adv.dim() == 1, (
         f"logp must be (T,) and adv (N,), got {tuple(logp.shape)} and {tuple(adv.shape)}"
@@ -542,8 +540,8 @@ def check_shapes(logp, adv, lengths, **per_token):
     )
     for name, x in dict(logp=logp, old_logp=per_token["old_logp"], ref_logp=per_token["ref_logp"]).items():
         if x is not None and x.dtype not in (torch.float32, torch.float64):
-            # At logp = -8 neighbouring bf16 numbers are 0.06 apart: every ratio would be noise as wide as a
-            # clip range.
+            # At logp = -8 neighbouring bf16 numbers are 0.06 apart: every ratio would be
+            # noise as wide as a clip range.
             raise ValueError(
                 f"{name} is {x.dtype}: compute log-probabilities in float32, "
                 "the ratio of rounded ones is noise"
@@ -585,8 +583,8 @@ def measure(logp, sampler, low, high, **sums):
 
 
 def add_stats(total, stats):
-    """Two stats of policy_loss as one: sums add up, *_max and *_min take the extreme. A mean is then a
-    ratio of two sums.
+    """Two stats of policy_loss as one: sums add up, *_max and *_min take the extreme. A
+    mean is then a ratio of two sums.
     """
     extreme = {"_max": torch.maximum, "_min": torch.minimum}
     joined = dict(stats)

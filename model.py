@@ -10,8 +10,8 @@ the plan for streams in which a group's completions share their prompt, rollout.
 read a cache. Padding never reaches a matmul.
 
 The file goes from leaves to root: RMSNorm, Linear, Block, Transformer, then folders in and out. q, k, v are
-one matmul and gate, up are one. Names are Hugging Face's only at the border (load, save). What a config.json
-may say is in shape.py.
+one matmul and gate, up are one. Names are Hugging Face's only at the border (load, save). What a
+config.json may say is in shape.py.
 
 Dims: T tokens of a stream, D width, V vocabulary, H query heads, K key/value heads, E head width, L layers, M
 scored tokens, B prompts, G completions a prompt. Sources of the architecture: arXiv:2307.09288, 2505.09388.
@@ -362,8 +362,8 @@ def find_shards(path: str) -> list[str]:
     whole = os.path.exists(os.path.join(path, shards[0]))
     if not whole and os.path.exists(os.path.join(path, index)):
         shards = sorted(set(read_json(path, index)["weight_map"].values()))
-    # Asked before anything is allocated: a download that broke off is the most common damage, and minutes of
-    # loading would hide it.
+    # Asked before anything is allocated: a download that broke off is the most common damage, and
+    # minutes of loading would hide it.
     absent = [shard for shard in shards if not os.path.exists(os.path.join(path, shard))]
     if absent:
         raise ValueError(
@@ -451,9 +451,9 @@ def read_tensors(path: str):
 def save(model: Transformer, folder: str, state: dict | None = None):
     """Writes config.json and model.safetensors, a folder that transformers and vLLM load as it stands.
 
-    state: our parameter names -> tensors to write instead of the model's own (lora.merged_state gives the
-    merged weights). Raises ValueError for a model that carries adapters and no state: the base alone is not
-    what was trained.
+    state: our parameter names -> tensors to write instead of the model's own (lora.merged_state gives
+    the merged weights). Raises ValueError for a model that carries adapters and no state: the base
+    alone is not what was trained.
     """
     if state is None:
         state = dict(model.named_parameters())

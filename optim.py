@@ -1,9 +1,9 @@
 """AdamW for training in bf16 without losing the small steps of RL, and the learning rate of a step.
 
-Two roundings make RL in plain bf16 stand still, silently. A bf16 number keeps 8 bits, so a weight of 0.02 has
-its next neighbour 1.2e-4 away: an update of lr 1e-6 is rounded back to where it was, at every step. And a sum
-of 16 micro-batches kept in bf16 drops whatever is below 1/256 of the sum so far. So here every parameter
-below 32 bits has
+Two roundings make RL in plain bf16 stand still, silently. A bf16 number keeps 8 bits, so a weight of
+0.02 has its next neighbour 1.2e-4 away: an update of lr 1e-6 is rounded back to where it was, at every
+step. And a sum of 16 micro-batches kept in bf16 drops whatever is below 1/256 of the sum so far. So here
+every parameter below 32 bits has
 
     master  fp32   the weight that is updated; the model's own is its rounding, written in place afterwards
     grad    fp32   the sum over micro-batches; each bf16 gradient is added and freed as backward makes it
@@ -58,8 +58,8 @@ class AdamW:
         self.names = [name for name, _ in trainable]
         self.params = [param for _, param in trainable]
 
-        # fp32[i] is what AdamW updates: params[i] itself, or its master copy where params[i] has fewer than
-        # 32 bits.
+        # fp32[i] is what AdamW updates: params[i] itself, or its master copy where
+        # params[i] has fewer than 32 bits.
         self.fp32 = []
         self.low = []  # (parameter, its master)
         for param in self.params:
@@ -70,8 +70,8 @@ class AdamW:
             else:
                 self.fp32.append(param)
         for param, master in self.low:
-            # Of two optimisers on one tensor the first's hook would take every gradient and the second see
-            # none.
+            # Of two optimisers on one tensor the first's hook would take every
+            # gradient and the second see none.
             if hasattr(param, "fp32_grad_hook"):
                 param.fp32_grad_hook.remove()
             param.fp32_grad_hook = param.register_post_accumulate_grad_hook(partial(_accumulate, master))
@@ -100,9 +100,9 @@ class AdamW:
         """The fp32 gradient of every parameter, in the order given, to be changed in place (all-reduce).
 
         A parameter that backward has not reached gets zeros, never None. A rank whose rows all had zero
-        advantage would otherwise enter fewer all-reduces than the others, and the run would hang. Its moments
-        decay as they would have with the zero gradient that backward would have made, so skipping such rows
-        changes no bit.
+        advantage would otherwise enter fewer all-reduces than the others, and the run would hang. Its
+        moments decay as they would have with the zero gradient that backward would have made, so
+        skipping such rows changes no bit.
         """
         for param, t in zip(self.params, self.fp32):
             if t is not param:
@@ -127,12 +127,12 @@ class AdamW:
     def step(self, lr: float, max_norm: float | None = None) -> Tensor:
         """One update with exactly this `lr`: log this number. Returns the norm before clipping, 0-d.
 
-        Gradients are scaled by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does; None
-        or 0: never.
+        Gradients are scaled by min(1, max_norm / (norm + 1e-6)), as
+        torch.nn.utils.clip_grad_norm_ does; None or 0: never.
 
-        Raises FloatingPointError, with weights, moments and gradients untouched, if the norm is not finite.
-        One NaN would stay in the moments for ever, and clipping by an infinite norm would quietly turn the
-        step into zeros.
+        Raises FloatingPointError, with weights, moments and gradients untouched, if the norm is not
+        finite. One NaN would stay in the moments for ever, and clipping by an infinite norm would
+        quietly turn the step into zeros.
         """
         norm = self.grad_norm()
         # The one wait for the device in an update.
@@ -209,8 +209,8 @@ class AdamW:
 def _accumulate(master: Tensor, param: nn.Parameter) -> None:
     """master.grad += param.grad in fp32, and param.grad is freed.
 
-    autograd calls it at once for each gradient it made, so of all the 16-bit gradients only one is in memory
-    at a time.
+    autograd calls it at once for each gradient it made, so of all the 16-bit gradients
+    only one is in memory at a time.
     """
     if param.grad is None:
         return
@@ -271,12 +271,12 @@ def learning_rate(
 ) -> float:
     """The learning rate of update `step`, counted from 0, of `steps`.
 
-    schedule: "constant", "cosine" or "linear" after the warm-up. A function of the step and of nothing else:
-    a scheduler object counts its own calls and so starts again, warm-up included, in a resumed run that
-    forgets to restore it. Warm-up rises as lr * (step + 1) / warmup_steps: its first update moves (many
-    libraries begin at 0 and waste it) and its last has the whole lr. After it the rate falls from lr towards
-    min_ratio * lr, which update number `steps` would be the first to have. Raises ValueError on any other
-    schedule.
+    schedule: "constant", "cosine" or "linear" after the warm-up. A function of the step and of nothing
+    else: a scheduler object counts its own calls and so starts again, warm-up included, in a resumed
+    run that forgets to restore it. Warm-up rises as lr * (step + 1) / warmup_steps: its first update
+    moves (many libraries begin at 0 and waste it) and its last has the whole lr. After it the rate
+    falls from lr towards min_ratio * lr, which update number `steps` would be the first to have. Raises
+    ValueError on any other schedule.
     """
     decay_steps = max(1, steps - warmup_steps)
     done = min(1.0, max(0.0, (step - warmup_steps) / decay_steps))  # share of the decay behind us

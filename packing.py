@@ -156,10 +156,10 @@ def join_parts(parts: list[Part]) -> list[Part]:
 def spread(items: list, room: int) -> list[list]:
     """Spreads items (size, what) over few bins of at most `room`; returns the whats of each, fullest first.
 
-    An item larger than room is alone in its bin. Each item, the largest first, goes into the emptiest bin,
-    and all starts again with one bin more whenever that does not fit. So the emptiest bin holds at least half
-    of the fullest, unless that is a single item: the last item to enter the fullest bin found it the
-    emptiest.
+    An item larger than room is alone in its bin. Each item, the largest first, goes into the
+    emptiest bin, and all starts again with one bin more whenever that does not fit. So the emptiest
+    bin holds at least half of the fullest, unless that is a single item: the last item to enter the
+    fullest bin found it the emptiest.
     """
     # Python's sort is stable: equal sizes keep their order, so the cut is a function of the lengths alone.
     items = sorted(items, key=lambda item: -item[0])

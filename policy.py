@@ -1,5 +1,5 @@
-"""A policy is a model with its tokenizer and its stop ids: from a folder, from the hub or from random
-weights, and back.
+"""A policy is a model with its tokenizer and its stop ids: from a folder, from the hub or
+from random weights, and back.
 
     model, tokenizer, stop_ids, base = load_policy("out/gsm8k/ckpt/step_000100")
     save_policy(model, tokenizer, stop_ids, "somewhere", base=base)

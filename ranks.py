@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=4 train.py configs/gsm8k.py        # four ranks; without torchrun there is one
 
-Every rank holds the whole model and takes a share of each step's prompts. Gradients are summed over ranks
-(train.py), and everything that a step decides (advantages, divisors, metrics) is made from values gathered
-from all of them.
+Every rank holds the whole model and takes a share of each step's prompts. Gradients are summed over
+ranks (train.py), and everything that a step decides (advantages, divisors, metrics) is made from
+values gathered from all of them.
 """
 
 import os

@@ -9,8 +9,8 @@ go by name. Every column of the rows arrives as a list with an entry a completio
 what its signature names, or everything if it takes **kwargs. The keyword defaults below are changed with
 functools.partial in a config file.
 
-None means 'cannot be scored'. Anything else that is not a finite number stops the run with one sentence
-(RewardError).
+None means 'cannot be scored'. Anything else that is not a finite number stops the run
+with one sentence (RewardError).
 
 Text written by a model is read, never evaluated: numbers are parsed by a regular expression that knows
 ASCII digits only, into exact decimals. No function here raises on any text, and none takes more than
@@ -430,8 +430,8 @@ def flat_groups(rewards) -> list[int]:
 class InBackground:
     """Calls, numbered, made one after another in a thread of their own while the caller goes on.
 
-    So a slow reward hides behind sampling: train.py submits a group when it is finished, while others are
-    still being sampled.
+    So a slow reward hides behind sampling: train.py submits a group when it is finished, while
+    others are still being sampled.
     """
 
     def __init__(self):

@@ -7,10 +7,10 @@
 A completion is the list of ids that were drawn, the stop id included, each with the log-probability of the
 distribution it was drawn from (temperature and truncation included). Ids never become text and come back.
 
-The words. A *row* is one completion, a *group* the rows of one prompt. A *slot* is a row's seat in the batch,
-with the keys and values of the tokens that it drew. A *place* holds the keys and values of one prompt, which
-all rows of its group read. A *block* is a number of decoding steps between two looks of the host at what was
-drawn.
+The words. A *row* is one completion, a *group* the rows of one prompt. A *slot* is a row's seat in
+the batch, with the keys and values of the tokens that it drew. A *place* holds the keys and values of
+one prompt, which all rows of its group read. A *block* is a number of decoding steps between two
+looks of the host at what was drawn.
 
 Live rows are always in slots 0..n-1. A finished row's slot goes to the next row that waits, and when none
 does to the last live row, whose own keys move. So the matmuls see live rows only, and the batch shrinks by
@@ -50,8 +50,8 @@ PREFILL_TOKENS = 8192
 # A GPU has the memory, and each prefill costs its host as much as a dozen steps.
 PREFILL_TOKENS_TRITON = 32768
 
-# Completions that may be this long are sampled on packed weights: copying them takes as long as a dozen steps
-# save.
+# Completions that may be this long are sampled on packed weights: copying them takes
+# as long as a dozen steps save.
 PACK_STEPS = 16
 
 
@@ -87,9 +87,9 @@ class Sampler:
     adapter applied). On a CPU nothing is kept: the packed weights of a call would be wrong after an update.
     The model carries nothing of all this.
 
-    slots: rows decoded at once (default: all, at most 256). cuda_graphs: record the step on a GPU, and keep
-    buffers between calls. block: steps between looks of the host at what was drawn (default: 8 where Triton
-    runs, else 1).
+    slots: rows decoded at once (default: all, at most 256). cuda_graphs: record the step on a GPU,
+    and keep buffers between calls. block: steps between looks of the host at what was drawn
+    (default: 8 where Triton runs, else 1).
     """
 
     def __init__(self, model, slots=None, cuda_graphs=True, block=None):
@@ -205,8 +205,8 @@ class Sampler:
         slots = min(256 if self.asked_slots is None else self.asked_slots, N)
         sizes = dict(
             prompt_tokens=max(map(len, self.prompts)),
-            # the last token of a row is never read back, so a slot holds one key fewer than the row may have
-            # tokens
+            # the last token of a row is never read back, so a slot holds one key fewer
+            # than the row may have tokens
             new_tokens=max(1, max(self.limits) - 1),
         )
         self.keeps = self.cuda_graphs and self.prompts_first
@@ -219,8 +219,8 @@ class Sampler:
         self.places = min(B, self.slots.sizes["groups"])
 
     def kept_slots(self, slots: int, **sizes) -> Slots:
-        """The slots of an earlier call where they are large enough and the weights have not moved; else new
-        ones.
+        """The slots of an earlier call where they are large enough and the weights
+        have not moved; else new ones.
 
         The new ones are large enough for the earlier calls too, so that training and evaluation do not take
         turns in building them, unless that takes more than half of the memory.
@@ -262,8 +262,8 @@ class Sampler:
         self.twin, self.head = self.model, partial(logits_fp32, weight=self.model.head)
         if max(self.limits) >= PACK_STEPS and self.model.device.type == "cpu":
             self.twin, self.head = packed_copy(self.model)
-        # Every key of the batch at once: ten rounds of integer arithmetic a token would be a third of a small
-        # model's step.
+        # Every key of the batch at once: ten rounds of integer arithmetic a token would be a
+        # third of a small model's step.
         positions = torch.arange(0 if temperature == 0 else max(self.limits))
         samples = torch.arange(self.G)[None, :, None]
         keys = sampling.token_keys(seed, step, torch.tensor(numbers)[:, None, None], samples, positions)
@@ -284,8 +284,8 @@ class Sampler:
         )
 
     def put_policy_on_device(self):
-        """Lets a recorded step read temperature, top_p and min_p from memory. Returns what it still has in
-        it.
+        """Lets a recorded step read temperature, top_p and min_p from memory.
+        Returns what it still has in it.
 
         Otherwise a schedule of the temperature would record new graphs at every step.
         """
@@ -304,8 +304,8 @@ class Sampler:
 
     # ------------------------------------------------------------------------------------------------ prefill
     def prefill(self, wanted: int):
-        """Prefills whole groups, as many as `wanted` rows and the free places ask for, and draws their first
-        tokens.
+        """Prefills whole groups, as many as `wanted` rows and the free places ask
+        for, and draws their first tokens.
         """
         most_tokens = PREFILL_TOKENS_TRITON if self.prompts_first else PREFILL_TOKENS
         first, batch, tokens = len(self.placed), [], 0
@@ -373,8 +373,8 @@ class Sampler:
 
     # ------------------------------------------------------------------------------------- running, recording
     def run_block(self) -> bool:
-        """Starts a block of steps of all live rows. False: the blocks that run take every row to its limit
-        already.
+        """Starts a block of steps of all live rows. False: the blocks that run take
+        every row to its limit already.
         """
         coming = {row: steps for rows, steps in self.running for row in rows}
         tokens = [len(self.ids[row]) + coming.get(row, 0) for row in self.live]
@@ -430,8 +430,8 @@ class Sampler:
         self.progress.show(self.finished, self.drawn)
 
     def leave(self, b: int):
-        """A row of prompt b is finished. When it was the last, nobody reads the prompt: the last one takes
-        its place.
+        """A row of prompt b is finished. When it was the last, nobody reads the
+        prompt: the last one takes its place.
         """
         self.left[b] -= 1
         if self.left[b]:

@@ -79,8 +79,8 @@ class Run:
             self.optimizer.load_state(moments)
 
     def find_checkpoint(self):
-        """(folder, optimiser state) of the checkpoint to resume from, whose state is taken over; (None,
-        None) for none.
+        """(folder, optimiser state) of the checkpoint to resume from, whose state is
+        taken over; (None, None) for none.
         """
         folder = checkpoint.newest(self.out) if self.cfg.resume else None
         if folder is None:
@@ -95,8 +95,8 @@ class Run:
     def load_models(self):
         """The policy as it stands now, and the reference as it stood at the start."""
         cfg, start = self.cfg, self.out / "start"
-        # A start that no folder outside this run holds is written to `start` once, and resumed runs read it
-        # there.
+        # A start that no folder outside this run holds is written to `start` once,
+        # and resumed runs read it there.
         made_here = cfg.scratch is not None or cfg.sft_steps > 0
         if made_here and not self.resumed:
             self.make_start(start)
@@ -141,8 +141,8 @@ class Run:
             save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
 
     def load_adapter(self):
-        """Puts LoRA on the model: a fresh adapter, the one that training starts from, or the resumed
-        checkpoint's.
+        """Puts LoRA on the model: a fresh adapter, the one that training starts
+        from, or the resumed checkpoint's.
         """
         cfg, started = self.cfg, lora.layers(self.model)
         if started:
@@ -174,8 +174,8 @@ class Run:
 
     @contextlib.contextmanager
     def as_reference(self):
-        """The model of the KL term: a frozen copy, or this model with its adapters off or as they were at
-        the start.
+        """The model of the KL term: a frozen copy, or this model with its adapters
+        off or as they were at the start.
         """
         self.model.eval()  # no dropout in a reference
         if self.reference is not None:
@@ -231,9 +231,8 @@ def merges_adapters(cfg, model) -> bool:
     """Whether sampler and trainer both compute with W' = W + scale * B A, made once an update (lora.merge).
 
     The adapter then costs nothing in sampling, where its thin products double a decoding step on a GPU, and
-    the policy is to the bit the model that is exported. It takes a second copy of the adapted weights,
-    since the reference needs W. "auto": on a GPU with room for that copy four times over, and without
-    dropout.
+    the policy is to the bit the model that is exported. It takes a second copy of the adapted weights, since
+    the reference needs W. "auto": on a GPU with room for that copy four times over, and without dropout.
     """
     if not cfg.lora_rank or cfg.lora_merge == "off":
         return False
@@ -257,8 +256,8 @@ def refuse_uneven_ranks(cfg):
 
 
 def advantage_function(cfg):
-    """(rewards (B, G), prompts B, state dict) -> (A (B, G), state): the config's own function, or one of
-    loss.SCALES.
+    """(rewards (B, G), prompts B, state dict) -> (A (B, G), state): the config's own
+    function, or one of loss.SCALES.
 
     State is what an advantage keeps from step to step (a moving average, say): a dict that JSON can hold,
     saved with every checkpoint. Those of loss.py keep nothing.

@@ -4,8 +4,8 @@
     python sample.py --model=Qwen/Qwen2.5-0.5B-Instruct --adapter=PATH --temperature=0 --samples=4 "..."
     python sample.py --model=out/gsm8k/ckpt/step_000100 --merge=FOLDER     # adapter into base
 
---model: a Hugging Face folder, a hub id, or the folder of an adapter, whose base is then looked up in its
-adapter_config.json.
+--model: a Hugging Face folder, a hub id, or the folder of an adapter, whose base is then looked
+up in its adapter_config.json.
 """
 
 import sys

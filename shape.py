@@ -39,8 +39,8 @@ FAMILIES = {
     "qwen3": dict(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, sliding_window=4096),
 }
 
-# Options that change the result and are not implemented; refuse_unsupported has three more that need a closer
-# look.
+# Options that change the result and are not implemented; refuse_unsupported has three
+# more that need a closer look.
 UNSUPPORTED = (
     "quantization_config",
     "attn_logit_softcapping",
@@ -119,9 +119,9 @@ def biased_projections(config: dict) -> frozenset[str]:
 
 def refuse_unsupported(config: dict):
     """Raises ValueError naming the first option of config.json that is in use and not implemented."""
-    # Each of these loads without an error and changes the logits. A name we have never heard of cannot be
-    # caught here, but architectures that need one have tensors or a model_type of their own, and those are
-    # caught.
+    # Each of these loads without an error and changes the logits. A name we have never heard of
+    # cannot be caught here, but architectures that need one have tensors or a model_type of
+    # their own, and those are caught.
     checks = {"sliding_window": effective_window(config)}
     checks["layer_types"] = sorted(set(config.get("layer_types") or []) - {"full_attention"})
     if config["hidden_act"] not in ("silu", "swish"):
@@ -153,8 +153,8 @@ def rope_parameters(config: dict) -> dict:
     """{rope_type, rope_theta, original, ...} of a config.json; `original` is the context before stretching.
 
     The same numbers have had three spellings: "type" and later "rope_type" in `rope_scaling` with
-    `rope_theta` beside it, then all of it in `rope_parameters`. Where a file has both transformers reads the
-    old one, and so do we.
+    `rope_theta` beside it, then all of it in `rope_parameters`. Where a file has both transformers
+    reads the old one, and so do we.
     """
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -184,8 +184,8 @@ def rope_frequencies(E: int, rope: dict) -> tuple[torch.Tensor, float]:
 
     rope: what rope_parameters returned.
     """
-    # In fp32 and in this order, as transformers does it: at position 30,000 the last bit of a frequency moves
-    # the angle by 0.002.
+    # In fp32 and in this order, as transformers does it: at position 30,000 the last bit of a
+    # frequency moves the angle by 0.002.
     exponents = torch.arange(0, E, 2, dtype=torch.float32) / E  # (E/2,)
     inv_freq = 1.0 / rope["rope_theta"] ** exponents
     if rope["rope_type"] == "linear":

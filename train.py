@@ -5,10 +5,9 @@
     python train.py configs/gsm8k.py --resume=True             # go on from the newest whole checkpoint
     torchrun --nproc_per_node=4 train.py configs/gsm8k.py      # the same run on four processes
 
-One step (`train_step`): B prompts -> G completions of each (rollout.py) -> rewards (rewards.py) ->
-advantages (loss.py) -> updates (`update`): forward, loss and backward in micro-batches of whole groups
-(model.py, head.py, loss.py), then AdamW (optim.py) -> one line on the screen and one row in metrics.jsonl
-(log.py).
+One step (`train_step`): B prompts -> G completions of each (rollout.py) -> rewards (rewards.py) -> advantages
+(loss.py) -> updates (`update`): forward, loss and backward in micro-batches of whole groups (model.py,
+head.py, loss.py), then AdamW (optim.py) -> one line on the screen and one row in metrics.jsonl (log.py).
 
 What stays the same over the steps is made once, in run.py. What a step draws and learns is a function of
 the config, the seed and the step's number, so a run that is killed and resumed ends with the same bits as
@@ -61,8 +60,8 @@ EXTRA_PROMPTS = 7_919
 
 
 class Stop(Exception):
-    """The run cannot go on, for the reason given. save: what was learnt before this step is whole and can
-    be saved.
+    """The run cannot go on, for the reason given. save: what was learnt before this
+    step is whole and can be saved.
     """
 
     def __init__(self, reason, save=True):
@@ -150,8 +149,8 @@ def train_step(run, number: int) -> dict:
 
 
 def sample_and_score(run, step, rows, numbers) -> Batch:
-    """Samples a group for each of these rows and scores it. numbers: of the rows in the step, which draws
-    are keyed by.
+    """Samples a group for each of these rows and scores it. numbers: of the rows in the
+    step, which draws are keyed by.
     """
     cfg, prompts = run.cfg, []
     for row in rows:
@@ -189,8 +188,8 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
 
 
 def score_rows(run, step, rows, ids):
-    """Texts, reward parts (n, R) and rewards (n,), NaN for None, of completions `ids`: group_size of each
-    row.
+    """Texts, reward parts (n, R) and rewards (n,), NaN for None, of completions
+    `ids`: group_size of each row.
     """
     options = configs.reward_options(run.cfg)
     return rewarding.score_completions(run.tokenizer, rows, ids, step.rewards, **options)
@@ -224,8 +223,8 @@ def resample(run, step, batch):
 
 
 def advantages_of(run, step):
-    """(A (B, G), the state that the advantage keeps) of the whole step: some scales need the rewards of all
-    ranks.
+    """(A (B, G), the state that the advantage keeps) of the whole step: some scales
+    need the rewards of all ranks.
     """
     scores, state = step.scores, run.state["advantage"]
     if run.cfg.combine == "normalize_then_sum":  # GDPO looks at each reward by itself
@@ -308,8 +307,8 @@ def choose_tokens(run, step, batch, updates: int):
 
 
 def update(run, step, batch, groups, first: bool):
-    """One optimiser step on the rows of these groups. Returns policy_loss's sums over all ranks, and the
-    gradient's norm.
+    """One optimiser step on the rows of these groups. Returns policy_loss's sums over all
+    ranks, and the gradient's norm.
 
     first: nothing of this step has been learnt yet.
     """
@@ -369,8 +368,8 @@ def look_up_reference(run, step, prompts, completions):
     if not run.cfg.beta:
         return None, None
     with run.as_reference() as reference:
-        # The exact KL needs the reference's whole distribution, which head.py makes a chunk at a time from
-        # these.
+        # The exact KL needs the reference's whole distribution, which head.py makes
+        # a chunk at a time from these.
         if run.cfg.kl == "full":
             hidden, _ = reference.completion_hidden(prompts, completions)
             return None, (hidden, reference.head.detach())
@@ -420,8 +419,8 @@ def check_mismatch(run, step, stats):
     run.checked = True
     which, limit = MISMATCH.get(run.dtype, ("max", 1e-3))
     if any_truncation((step.sampling["top_k"], step.sampling["top_p"], step.sampling["min_p"])):
-        # A word at the very edge may be in one's kept set and not in the other's: log(1 + its share), on
-        # one token.
+        # A word at the very edge may be in one's kept set and not in the other's:
+        # log(1 + its share), on one token.
         which = "mean"
     difference = stats["diff_max"] if which == "max" else mean_difference(stats)
     if difference > limit:
@@ -443,8 +442,8 @@ def refuse_loss(run, step, loss, prompts, completions, tokens, save: bool):
 
 # --------------------------------------------------------------------------------------------- the run
 class Interrupt:
-    """Ctrl-C and SIGTERM set a flag, read between steps and between batches of an evaluation; a second
-    stops at once.
+    """Ctrl-C and SIGTERM set a flag, read between steps and between batches of an
+    evaluation; a second stops at once.
     """
 
     def __init__(self):

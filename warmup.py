@@ -1,5 +1,5 @@
-"""Supervised warm-up: the model learns to write like a task's demonstrations before reinforcement learning
-begins.
+"""Supervised warm-up: the model learns to write like a task's demonstrations before
+reinforcement learning begins.
 
 One objective: the mean negative log-likelihood (nats a token) of each row's `solution`, the stop id
 included, given its prompt. It goes through the same packed forward and the same chunked head as GRPO: a
@@ -29,8 +29,8 @@ def demonstrations(tokenizer, rows, stop_id, *, system, prefill):
 
 def warm_up(model, tokenizer, task, *, steps, batch, lr, seed, stop_id, micro_tokens, system="", prefill="",
             say=print):  # fmt: skip
-    """Trains the model in place for `steps` updates of `batch` demonstrations each. Returns the last loss,
-    nats a token.
+    """Trains the model in place for `steps` updates of `batch` demonstrations each.
+    Returns the last loss, nats a token.
 
     The rate climbs for a twentieth of the steps and then falls as a cosine. Rows are those of
     `task.batch(step, batch, seed + 1)`, so the warm-up is a function of the seed alone.

@@ -2,9 +2,9 @@
 
     python train.py configs/countdown.py
 
-The task of TinyZero (github.com/Jiayi-Pan/TinyZero): the base model guesses, and learns to try and to check.
-Accuracy is what counts; the small reward for the form alone, which is easy, makes the first steps teach
-something.
+The task of TinyZero (github.com/Jiayi-Pan/TinyZero): the base model guesses, and learns to try
+and to check. Accuracy is what counts; the small reward for the form alone, which is easy, makes
+the first steps teach something.
 """
 
 model = "Qwen/Qwen2.5-1.5B-Instruct"

@@ -3,9 +3,9 @@
     pip install math-verify
     python train.py configs/math.py --train_file=math/train.jsonl --eval_file=math/test.jsonl
 
-Each line of the files, in data_dir or where they are named, has a `problem` and an `answer` (or a `solution`
-that ends in \\boxed{answer}). Dr. GRPO's choices: no division by the spread or by the length
-(arXiv:2503.20783).
+Each line of the files, in data_dir or where they are named, has a `problem` and an `answer` (or
+a `solution` that ends in \\boxed{answer}). Dr. GRPO's choices: no division by the spread or by
+the length (arXiv:2503.20783).
 """
 
 model = "Qwen/Qwen2.5-1.5B-Instruct"

@@ -1,8 +1,8 @@
 """Attention over a packed stream where the completions of a group share their prompt: the definition.
 
-A stream holds segments one after another. Each segment is a run of tokens that sees itself causally and,
-before itself, one other run: its prompt. With (start, length, prompt_start, prompt_length) as a segment's
-row of the table:
+A stream holds segments one after another. Each segment is a run of tokens that sees itself
+causally and, before itself, one other run: its prompt. With (start, length, prompt_start,
+prompt_length) as a segment's row of the table:
 
     query i of the segment sees   prompt keys  prompt_start .. prompt_start + prompt_length - 1   all of them
                                   own keys     start .. start + i                                 causally

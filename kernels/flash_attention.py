@@ -43,12 +43,12 @@ from kernels.switch import on_triton, tl, triton  # noqa: F401 (callers ask flas
 
 LOG2E = 1.4426950408889634
 
-# Tile sizes and launch options, by kind of device and head width. BM: rows of a tile in the forward and in
-# dq, which share a table. The rest are arguments of one kernel each. On an H100, 4 groups of 16 x (128 +
-# 384) tokens, bf16: dkv at 14/2 heads x 64 takes 0.22 ms with 4 warps and 3 stages, 0.48 with 8 and 2; at
-# 12/2 x 128 0.30 with 32 rows, 4 warps and 3 stages, 0.79 with 8 and 2. Decoding at 256 rows of 256 + 256
-# keys lies within 6 % of the best of 36 settings. Forward and dq, and what is older than Hopper, are chosen
-# by registers.
+# Tile sizes and launch options, by kind of device and head width. BM: rows of a tile in the forward and
+# in dq, which share a table. The rest are arguments of one kernel each. On an H100, 4 groups of 16 x
+# (128 + 384) tokens, bf16: dkv at 14/2 heads x 64 takes 0.22 ms with 4 warps and 3 stages, 0.48 with 8
+# and 2; at 12/2 x 128 0.30 with 32 rows, 4 warps and 3 stages, 0.79 with 8 and 2. Decoding at 256 rows
+# of 256 + 256 keys lies within 6 % of the best of 36 settings. Forward and dq, and what is older than
+# Hopper, are chosen by registers.
 SIZES = {
     "fp32": dict(  # no tensor cores: for exactness
         BM=32,

@@ -7,15 +7,13 @@ each such tile of logits keeps four running numbers a row: m = max z,  s = sum e
 (z - m),  z[y]. Then lse = m + log s and entropy = log s - t / s.
 
 2 M D V operations. Bytes: the weight about once (2 D V in bf16), and the hidden states once for each run of
-words; logits would be 4 M V written and read again (8,192 rows of 151,936 words: 5 GB, twice). torch's
-matmul reaches more operations a second than a tile loop in Triton does, so this wins by its memory first,
-and by its time only where the logits' way to memory and back costs more than that: at D 1,536 and those
-sizes it takes 8.9 ms, 62 % of the floor, where kernels/logprob.py's chunks take 8.4 (bench/gpu.py, H100,
-commit 263d8c1). With a gradient there is nothing to win: the backward needs probabilities, see
-kernels/logprob.py.
+words; logits would be 4 M V written and read again (8,192 rows of 151,936 words: 5 GB, twice). torch's matmul
+reaches more operations a second than a tile loop in Triton does, so this wins by its memory first, and by its
+time only where the logits' way to memory and back costs more than that: at D 1,536 and those sizes it takes
+8.9 ms, 62 % of the floor, where kernels/logprob.py's chunks take 8.4 (bench/gpu.py, H100, commit 263d8c1).
+With a gradient there is nothing to win: the backward needs probabilities, see kernels/logprob.py.
 
-bf16, fp16 or fp32 (products of fp32 are exact: no tf32); fp64 and a CPU take the definition, by whole
-logits.
+bf16, fp16 or fp32 (products of fp32 are exact: no tf32); fp64 and a CPU take the definition, by whole logits.
 
 Dims: M rows, D width, V vocabulary.
 """

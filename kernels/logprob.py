@@ -250,8 +250,8 @@ def exponentials_(z, targets):
         torch.gather(x, 1, y, out=logit[some])
         torch.exp(x, out=e)
         torch.sum(e, -1, keepdim=True, out=total[some])
-        # A word outside the kept set has e = 0 and x = -inf, whose product is nan; 0 * -1e30 is the 0 it
-        # should be.
+        # A word outside the kept set has e = 0 and x = -inf, whose product is nan; 0 *
+        # -1e30 is the 0 it should be.
         torch.sum(x.clamp_(min=-1e30).mul_(e), -1, keepdim=True, out=dot[some])
     log_total = total.log()
     logp, lse, entropy = logit - log_total, top + log_total, log_total - dot / total

@@ -20,9 +20,8 @@ bf16 drifts. Rounding W' adds no error to what bf16 has anyway: mean |log-probab
 copy of the wrapped weights where the frozen model is needed too, and it cannot do dropout.
 
 Operations: 2 T D N forward and as many for dx, in both forms. With S = 2 T r (K D + the rows of all
-adapters), beside adds S forward and 2 S backward, merged adds 2 S backward. An update of 50k tokens of a
-0.5B model took 422 ms with adapters beside and 365 merged, in a form made for that test (H100, commit
-263d8c1).
+adapters), beside adds S forward and 2 S backward, merged adds 2 S backward. An update of 50k tokens of a 0.5B
+model took 422 ms with adapters beside and 365 merged, in a form made for that test (H100, commit 263d8c1).
 
 On a CPU each thin product is added into the thick one in place: left to autograd a layer writes its (T, N)
 output three times over (product, concatenation, sum), which costs as much as the thin matmuls themselves.
@@ -36,8 +35,8 @@ of the floor and 4.9 times as fast as torch) and y is read and written once (_ex
 output weigh. Products round fp32 adapters to tf32, bf16 activations not at all. With a few rows these are
 launches without work: in decoding, rank 16 beside takes 3.69 ms a step where the frozen model takes 2.10.
 
-Dims: T rows, D input width, N output width, K adapters, r rank of each; A has the K thin matrices under
-each other.
+Dims: T rows, D input width, N output width, K adapters, r rank of each; A has the K
+thin matrices under each other.
 """
 
 import torch
@@ -77,9 +76,9 @@ def lora_linear(x, mask, base, scale, rows, A, *B):
 def merged_linear(x, base, merged, scale, rows, A, *B):
     """x (T, D) -> (T, N) by the constant merged (N, D) = round(W + s B A); differentiable in x, A and B.
 
-    The gradients are those of x (W + s B A)^T, where dx is taken at `merged`, which must have been made from
-    these A and B. base: the frozen layer, of which only the bias is used, (N,) or None. The rest as in
-    `lora_linear`.
+    The gradients are those of x (W + s B A)^T, where dx is taken at `merged`, which must have
+    been made from these A and B. base: the frozen layer, of which only the bias is used, (N,) or
+    None. The rest as in `lora_linear`.
     """
     check_shapes(x, rows, A, B)
     assert merged.shape == base.weight.shape, f"merged {tuple(merged.shape)}, W {tuple(base.weight.shape)}"

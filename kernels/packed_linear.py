@@ -1,5 +1,5 @@
-"""Linear layers laid out for a CPU that multiplies a few rows by the same weights hundreds of times: what
-sampling does.
+"""Linear layers laid out for a CPU that multiplies a few rows by the same weights
+hundreds of times: what sampling does.
 
     twin, head = packed_copy(model)      # the same parameters in modules of its own, the wide layers packed
     logits = head(twin(...))             # (n, V) fp32
@@ -37,8 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Rows the layout is made for. Layouts made for 32 and 256 rows ran alike at every size tried; the one for 1
-# lost 20 %.
+# Rows the layout is made for. Layouts made for 32 and 256 rows ran alike at every size
+# tried; the one for 1 lost 20 %.
 ROWS = 32
 # Layers narrower than this are faster as they stand; so are those that do not widen (see above).
 SMALLEST = 512
@@ -57,8 +57,8 @@ def packable(weight) -> bool:
 
 
 def pack(weight, bias=None):
-    """A function x (n, D) -> x weight^T + bias (n, rows), with the weight (rows, D) copied into the fastest
-    layout."""
+    """A function x (n, D) -> x weight^T + bias (n, rows), with the weight (rows, D)
+    copied into the fastest layout."""
     if not packable(weight):
         return partial(F.linear, weight=weight, bias=bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
@@ -78,8 +78,8 @@ class PackedLinear(nn.Module):
 
 
 def packed_copy(model):
-    """A twin of the model whose wide layers are packed as they are now, and its head: hidden (n, D) -> logits
-    (n, V) fp32.
+    """A twin of the model whose wide layers are packed as they are now, and its head:
+    hidden (n, D) -> logits (n, V) fp32.
 
     The twin shares every tensor with the model and has modules of its own, so the model stays as it is and
     the copies go when the twin does. On other devices than a CPU nothing is packed.
@@ -94,8 +94,8 @@ def packed_copy(model):
 
 
 def share(module):
-    """New modules around the same tensors: a parameter of the copy is the module's own, and so is every
-    attribute."""
+    """New modules around the same tensors: a parameter of the copy is the module's
+    own, and so is every attribute."""
     twin = copy.copy(module)
     twin._modules = {name: share(child) for name, child in module._modules.items()}
     return twin

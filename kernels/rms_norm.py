@@ -3,9 +3,9 @@
     forward    r = 1 / sqrt(mean(x^2) + eps)     y = x r w
     backward   g = dy w      dx = r (g - x r^2 mean(g x))      dw = sum over rows of dy x r
 
-On a CPU torch's own is a dozen operations, and with a trained weight its autograd keeps x r besides x. Here
-the forward reads x twice and writes y twice, and keeps x, which its neighbours keep anyway, and one number
-a row.
+On a CPU torch's own is a dozen operations, and with a trained weight its autograd keeps x r
+besides x. Here the forward reads x twice and writes y twice, and keeps x, which its neighbours
+keep anyway, and one number a row.
 
 On a GPU a program takes a row forward: x is read once, and `add_rms_norm` adds the residual stream on its
 way, 8 D bytes a row in bf16 where the two apart move 10 D. Backward a program takes a run of rows, so that

@@ -1,10 +1,10 @@
 """Drawing tokens: counter-based random numbers, a race that decides, and the logp of what was drawn.
 
-The random numbers of a token are a function of (seed, step, prompt, sample, position) and of nothing else:
-Philox4x32-10 (Salmon et al., SC'11) with the seed as its key and the other four as its counter gives 64
-bits, the token's own key; it is the generator of `tl.philox`. SplitMix64's finaliser (Steele et al.,
-OOPSLA'14) stretches them into as many exponential variates as the draw needs, at ten operations each where
-Philox takes a hundred.
+The random numbers of a token are a function of (seed, step, prompt, sample, position) and of nothing
+else: Philox4x32-10 (Salmon et al., SC'11) with the seed as its key and the other four as its counter
+gives 64 bits, the token's own key; it is the generator of `tl.philox`. SplitMix64's finaliser (Steele et
+al., OOPSLA'14) stretches them into as many exponential variates as the draw needs, at ten operations
+each where Philox takes a hundred.
 
     race over weights w:  winner = argmax_i w_i / E_i,  E_i exponential   ->   P(winner = i) = w_i / sum w
     token = race over blocks of 128 words (w = a block's mass), then over the words of the block that won
@@ -23,9 +23,9 @@ row's maximum), races the blocks, races the words of the block that won, and wri
 entropy. A block's numbers do not depend on how many programs there are, so a row draws the same in any batch.
 
 Truncation to top-k, top-p and min-p is one cutoff: keep z >= c. The first two cutoffs are found without
-sorting, by the 8 hexadecimal digits of c's place in the order of all floats, each digit by one more reading
-of the row, so top-k or top-p alone costs 8 or 9 readings more. Words equal to the cutoff are all kept; a sort
-would drop some.
+sorting, by the 8 hexadecimal digits of c's place in the order of all floats, each digit by one more
+reading of the row, so top-k or top-p alone costs 8 or 9 readings more. Words equal to the cutoff are
+all kept; a sort would drop some.
 
 Dims: n rows, V vocabulary, m runners of a race.
 """
@@ -190,12 +190,11 @@ def sample(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, times
     """Tempers, truncates, draws and scores, for tensors that `on_triton` accepts.
 
     logits (n, V) fp32, not changed; key (n * times,) int64, row i draws from logits i // times; key None: the
-    most likely word, whose distribution is then neither tempered nor truncated.
-    temperature, top_p, min_p: numbers, or tensors of one number on the device (fp32 or fp64). A tensor is
-    read when the kernels run, so a recorded CUDA graph follows it. A tensor for top_p or min_p switches
-    truncation on whatever its value, because that decides what is launched. top_k: a number.
-    Returns token (n * times,) int64, logp and entropy (n * times,) fp32 in nats, both of the tempered and
-    truncated distribution.
+    most likely word, whose distribution is then neither tempered nor truncated. temperature, top_p, min_p:
+    numbers, or tensors of one number on the device (fp32 or fp64). A tensor is read when the kernels run, so
+    a recorded CUDA graph follows it. A tensor for top_p or min_p switches truncation on whatever its value,
+    because that decides what is launched. top_k: a number. Returns token (n * times,) int64, logp and entropy
+    (n * times,) fp32 in nats, both of the tempered and truncated distribution.
     """
     n, V = logits.shape
     shapes = f"logits {tuple(logits.shape)}, key {None if key is None else tuple(key.shape)}, times {times}"

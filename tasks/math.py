@@ -42,9 +42,9 @@ def math_row(row: dict) -> dict:
 def mathematics(completions, prompts=None, *, answer, seconds=10.0, **_):
     """1 if the final answer equals the row's `answer` as mathematics, else 0.
 
-    The last \\boxed{..} counts, else what is tagged <answer>, follows "####" or "answer is", the last
-    formula, the last number. None: the row's answer is not mathematics, or the comparison took `seconds`
-    or died.
+    The last \\boxed{..} counts, else what is tagged <answer>, follows "####" or "answer is",
+    the last formula, the last number. None: the row's answer is not mathematics, or the
+    comparison took `seconds` or died.
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("the reward 'math' needs math-verify: pip install math-verify")

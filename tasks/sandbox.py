@@ -18,9 +18,8 @@ values off the stack. Here three parties never share a process:
 
 So the program can only be right by giving right answers, to inputs it sees and expected values it does not.
 
-What remains forgeable: answers known by heart; a test without an expected value (`assert f(x)`), or one
-that asks the returned object about itself (`assert f(x).ok()`) or hands it the expected value
-(`f(x).equals(3)`).
+What remains forgeable: answers known by heart; a test without an expected value (`assert f(x)`), or one that
+asks the returned object about itself (`assert f(x).ok()`) or hands it the expected value (`f(x).equals(3)`).
 
 What is lost: arguments are copies (a function that sorts its argument in place has no
 effect), a test cannot hand over a function or catch an exception class of the program's own, and only the
@@ -255,8 +254,8 @@ def wrapper(mode: str, seconds: float) -> list[str]:
     mapped = ["--user", "--map-root-user"] if mode == "user" else []
     user = []
     if mode == "root":
-        # Another user each time: the kernel counts processes by user, and a fork bomb must not use up its
-        # neighbour's.
+        # Another user each time: the kernel counts processes by user, and a fork bomb
+        # must not use up its neighbour's.
         uid = random.randint(*USERS)
         user = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
     return [
@@ -515,8 +514,8 @@ def check(source: str, tests: list, names=(), *, seconds: float = 4.0, memory_mb
     neither define nor find in Python are the program's. seconds: CPU of all statements together, and of each
     stdin test; PATIENCE times as many on the clock.
 
-    Raises ValueError for a test that is no Python, SandboxError where a sandbox fails: then nothing is
-    known of the program.
+    Raises ValueError for a test that is no Python, SandboxError where a sandbox fails: then
+    nothing is known of the program.
     """
     statements = [test for test in tests if isinstance(test, str)]
     judged = iter(())
