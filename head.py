@@ -44,33 +44,88 @@ def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, t
                 top_p=1.0, min_p=0.0):  # fmt: skip
     """The loss of the tokens `targets` (T,) predicted from hidden (T, D) by weight (V, D).
 
-    Differentiable in hidden and weight. tokens: loss.Tokens, what each token carries. objective: a dict
-    of policy_loss's keywords, `norm` among them. reference: (hidden (T, D), weight (V, D)) of the
-    reference where the objective has the exact KL. temperature, top_k, top_p, min_p: of the
-    distribution that was sampled.
+    Differentiable in hidden and weight. tokens: loss.Tokens, what each token carries. objective: a dict of
+    policy_loss's keywords, `norm` among them. reference: (hidden (T, D), weight (V, D)) of the reference
+    where the objective has the exact KL. temperature, top_k, top_p, min_p: of the sampled distribution.
 
     Returns the loss (0-d), the entropy (T,) in nats and policy_loss's stats, the last two without gradient. A
     second backward through the loss needs a second forward.
     """
-    (T, D), (_, D2) = hidden.shape, weight.shape
+    (T, D), (V, D2), device = hidden.shape, weight.shape, hidden.device
     assert D == D2 and targets.shape == (T,), f"{hidden.shape}, {weight.shape}, {targets.shape}"
-    truncation = (top_k, top_p, min_p)
-    if reference is None and not takes_whole_rows(objective["objective"]):
-        stats = {}
-        loss, entropy = _ChunkedHead.apply(
-            hidden, weight, targets, tokens, objective, temperature, truncation, stats
-        )
-        return loss, entropy, stats
+    if reference is not None or takes_whole_rows(objective["objective"]):
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        return whole_rows_head(hidden, weight, targets, tokens, objective, reference, **sampling)
 
-    kept = dict(top_k=top_k, top_p=top_p, min_p=min_p)
-    logp, entropy = logprob(hidden, weight, targets, temperature=temperature, **kept)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    dhidden, dweight = gradient_buffers(hidden, weight, dtype)
+    entropy = torch.empty(T, dtype=dtype, device=device)
+    loss, stats = torch.zeros((), dtype=dtype, device=device), {}
+    make_chunk = TritonChunk if on_triton(hidden) else TorchChunk
+    scratch = make_chunk.scratch(T, V, dtype, device)
+    with torch.no_grad():
+        for rows in chunks(T, V, device):
+            truncation = (top_k, top_p, min_p)
+            chunk = make_chunk(hidden[rows], weight, targets[rows], temperature, truncation, scratch)
+            entropy[rows] = chunk.entropy
+            some = tokens[rows]
+            share, dlogp, dentropy = loss_and_factors(chunk.logp, chunk.entropy, some, objective, stats)
+            loss += share
+            if dhidden is None and dweight is None:
+                continue
+            dz = chunk.logits_grad(dlogp, dentropy)  # (m, V)
+            if dhidden is not None:
+                torch.mm(dz, weight, out=dhidden[rows])
+            if dweight is not None:
+                add_outer_(dweight, dz, hidden[rows])
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
+    return _HandOut.apply(loss, hidden, weight, dhidden, dweight), entropy, stats
+
+
+def gradient_buffers(hidden, weight, dtype):
+    """dhidden (T, D) and a zero dweight (V, D) in `dtype`; None for what takes no gradient."""
+    dhidden = dweight = None
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        dhidden = torch.empty_like(hidden)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        # bf16 sums over 10,000 tokens would lose the small ones, so the weight's gradient gathers in fp32.
+        dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    return dhidden, dweight
+
+
+class _HandOut(torch.autograd.Function):
+    """The loss, whose gradients are known already: backward hands them out."""
+
+    @staticmethod
+    def forward(ctx, loss, hidden, weight, dhidden, dweight):
+        # Not saved for the backward, where we hand them out and keep nothing: autograd would copy them.
+        ctx.grads = dhidden, dweight
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        assert ctx.grads is not None, (
+            "policy_head makes its gradients once: a second backward needs a second forward"
+        )
+        grads, ctx.grads = ctx.grads, None
+        # A loss scaler multiplies the loss. On a GPU we multiply without looking, which would make it wait.
+        if dloss.device.type != "cpu" or dloss != 1:
+            grads = [None if grad is None else grad.mul_(dloss.to(grad.dtype)) for grad in grads]
+        return None, *grads, None, None
+
+
+def whole_rows_head(hidden, weight, targets, tokens, objective, reference, *, temperature, **truncation):
+    """As policy_head: all log-probabilities first, then the objective on all tokens, then autograd."""
+    logp, entropy = logprob(hidden, weight, targets, temperature=temperature, **truncation)
     kl = None
     if reference is not None:
-        truncate = partial(truncate_rows, targets=targets, **kept) if any_truncation(truncation) else None
+        truncate = None
+        if any_truncation(tuple(truncation.values())):
+            truncate = partial(truncate_rows, targets=targets, **truncation)
         kl = exact_kl(hidden, weight, *reference, temperature=temperature, truncate=truncate)
-    loss, stats = policy_loss(
-        logp, entropy=entropy, exact_kl=kl, **whole_rows(tokens, objective), **objective
-    )
+    carried = whole_rows(tokens, objective)
+    loss, stats = policy_loss(logp, entropy=entropy, exact_kl=kl, **carried, **objective)
     return loss, entropy.detach(), stats
 
 
@@ -102,61 +157,6 @@ def whole_rows(tokens, objective) -> dict:
 def truncate_rows(z, rows, *, targets, **truncation):
     """The trainer's truncation of the scaled logits z (m, V) of a slice of rows, in place."""
     return truncate_(z, keep=targets[rows], **truncation)
-
-
-class _ChunkedHead(torch.autograd.Function):
-    """Elementwise objectives. The gradients are made in the forward, chunk by chunk,
-    and handed out in the backward.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, tokens, objective, temperature, truncation, stats):
-        T, V, device = len(hidden), len(weight), hidden.device
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # bf16 sums over 10,000 tokens would lose the small ones, so the weight's gradient gathers in fp32.
-        dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = torch.zeros(weight.shape, dtype=dtype, device=device)
-        wants_gradient = dhidden is not None or dweight is not None
-        loss = torch.zeros((), dtype=dtype, device=device)
-        entropy = torch.empty(T, dtype=dtype, device=device)
-        make_chunk = TritonChunk if on_triton(hidden) else TorchChunk
-        scratch = make_chunk.scratch(T, V, dtype, device)
-
-        for rows in chunks(T, V, device):
-            chunk = make_chunk(hidden[rows], weight, targets[rows], temperature, truncation, scratch)
-            entropy[rows] = chunk.entropy
-            share, dlogp, dentropy = loss_and_factors(
-                chunk.logp, chunk.entropy, tokens[rows], objective, stats
-            )
-            loss += share
-            if not wants_gradient:
-                continue
-            dz = chunk.logits_grad(dlogp, dentropy)  # (m, V)
-            if dhidden is not None:
-                torch.mm(dz, weight, out=dhidden[rows])
-            if dweight is not None:
-                add_outer_(dweight, dz, hidden[rows])
-
-        # Not saved for the backward, where we hand them out and keep nothing:
-        # autograd would otherwise copy them.
-        ctx.grads = dhidden, None if dweight is None else dweight.to(weight.dtype)
-        ctx.mark_non_differentiable(entropy)
-        ctx.set_materialize_grads(False)
-        return loss, entropy
-
-    @staticmethod
-    def backward(ctx, dloss, _):
-        assert ctx.grads is not None, (
-            "policy_head makes its gradients once: a second backward needs a second forward"
-        )
-        grads, ctx.grads = ctx.grads, None
-        # A loss scaler multiplies the loss. On a GPU we multiply without looking,
-        # since looking would make it wait.
-        if dloss.device.type != "cpu" or dloss != 1:
-            grads = [None if grad is None else grad.mul_(dloss.to(grad.dtype)) for grad in grads]
-        return *grads, None, None, None, None, None, None
 
 
 def loss_and_factors(logp, entropy, tokens, objective, stats):

@@ -463,7 +463,8 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
         )  # bincount would wait for the GPU
     if mismatch_clip:
         weight = mismatch_weight(old, sampler, mismatch_clip) * (1.0 if weight is None else weight)
-    term, low, high = policy_term(logp, old, A, rows, lengths, weight, objective, options)
+    live_logp, ratio, A = ratios(logp, old, A, rows, lengths, weight, objective)
+    term, low, high = with_bounds(objective_function(objective)(live_logp, ratio, A, **options))
 
     # What one token weighs. It knows the step (norm) and its row (1 / C_i) but not who else is in this call:
     # that is why any split into micro-batches gives the same gradient. A step without tokens has norm 0.
@@ -485,8 +486,8 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
     return loss, measure(logp, sampler, low, high, **sums)
 
 
-def policy_term(logp, old, A, rows, lengths, weight, objective, options):
-    """l (T,) of the objective, and which tokens it holds back at its lower and upper bound, two bool (T,)."""
+def ratios(logp, old, A, rows, lengths, weight, objective):
+    """What an objective is given: log-probability, ratio and weighted advantage of each token, (T,) each."""
     # Tokens of advantage 0 leave before the exponential, not after it: 0 * inf = NaN cannot be repaired.
     live = A != 0
     logp = torch.where(live, logp, 0.0)
@@ -496,11 +497,15 @@ def policy_term(logp, old, A, rows, lengths, weight, objective, options):
         log_ratio = row_mean(log_ratio, rows, lengths)
     if weight is not None:
         A = A * weight.detach().to(logp)  # into A: every objective is linear in |A|
-    term = objective_function(objective)(logp, tamed(torch.exp, log_ratio), A, **options)
-    if isinstance(term, tuple):
-        return term
-    nowhere = torch.zeros_like(A, dtype=torch.bool)
-    return term, nowhere, nowhere
+    return logp, tamed(torch.exp, log_ratio), A
+
+
+def with_bounds(result):
+    """(l, low, high) of what an objective gives: l (T,); bool (T,) twice, the tokens held back at a bound."""
+    if isinstance(result, tuple):
+        return result
+    nowhere = torch.zeros_like(result, dtype=torch.bool)
+    return result, nowhere, nowhere
 
 
 def kl_terms(logp, old, ref_logp, exact_kl, kl, kl_times_ratio):
