@@ -407,18 +407,22 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
                 sampler_logp=None, mismatch_clip=None, **options):  # fmt: skip
     """The loss of T completion tokens, and the sums that the log needs.
 
-    logp (T,) float32 or float64 with gradient; old_logp (T,) the sampler's, ref_logp (T,) the reference's,
-    both detached here. old_logp None: the policy as it is now, at a ratio of 1. adv (N,); rows (T,) int64
-    indexes it. entropy (T,) nats, with gradient if entropy_coef is to do anything. objective: a name in
-    OBJECTIVES or a function like those; options: its keyword arguments (clip_low=0.2, clip_high=0.2,
-    dual_clip=None, cispo_max=5.0, ..). Options of other known objectives are not read. norm: the step's
-    divisor, a float from `normaliser`; default: that of the tokens given. With it, the losses and gradients
-    of any split of the rows add up to those of the whole step, whatever the options. lengths (N,) int: tokens
-    of each row, default: counted here. Give it, and norm, to call this on runs of tokens that cut rows; not
-    where the objective has one ratio for a row. weight (T,) >= 0: multiplies the policy term alone, for
-    example 0 or 1 to keep only some tokens. exact_kl (T,) with gradient: KL(policy || reference) over the
-    whole vocabulary, for kl="full". sampler_logp (T,): what the log compares logp with, by default old_logp.
-    mismatch_clip: weigh each token's policy term by `mismatch_weight` of old_logp to sampler_logp.
+    Of each token, constant but for logp and entropy, detached here if they are not:
+    logp (T,)          nats, float32 or float64, with gradient
+    old_logp (T,)      what the ratio compares logp with: the sampler's; None: logp itself, at a ratio of 1
+    rows (T,)          int64, whose token it is; adv (N,) is each row's advantage
+    ref_logp (T,)      the reference's, for the KL;  exact_kl (T,) with gradient, for kl="full"
+    entropy (T,)       nats, with gradient if entropy_coef is to do anything
+    weight (T,)        >= 0, multiplies the policy term alone, for example 0 or 1 to keep only some tokens
+    sampler_logp (T,)  what the log compares logp with, by default old_logp; mismatch_clip weighs each token's
+                       policy term by `mismatch_weight` of old_logp to it
+    Of the step:
+    objective          a name in OBJECTIVES or a function like those; **options its keywords (clip_low=0.2,
+                       clip_high=0.2, dual_clip=None, cispo_max=5.0); those of other objectives are not read
+    norm               the step's divisor, a float from `normaliser`; by default that of the tokens given.
+                       With it, losses and gradients of any split of the rows add up to those of the step
+    lengths (N,)       tokens of each whole row, by default counted here. Give it, and norm, to call this on
+                       runs of tokens that cut rows; not where the objective has one ratio for a row
 
     The KL (times beta) and the entropy (times -entropy_coef) are added after clipping, under the same
     aggregation. kl_times_ratio multiplies the estimator by the token's own rho, with the gradient through
@@ -431,12 +435,11 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
     (see `tamed`); NaN stays NaN.
 
     Returns (loss, stats): loss 0-d, in logp's dtype; stats a dict of 0-d detached tensors of that dtype,
-    made without waiting for the GPU; merge them with `add_stats`. Sums: tokens; loss and policy_loss
-    (shares: already divided by norm); kl (only with ref_logp), entropy (only with entropy); clip_low,
-    clip_high, clip_region = either (tokens held back at that bound; cispo: at cispo_max); diff_sum of |logp
-    - sampler_logp|; ratio_sum. Extremes: diff_max, ratio_min, ratio_max. diff and ratio are the token's
-    own, in GSPO too: on-policy they measure the trainer against the sampler. ValueError: an unknown name, a
-    term without its tensor, a divisor of 0.
+    made without waiting for the GPU; merge them with `add_stats`. Sums: tokens; loss and policy_loss (already
+    divided by norm); kl and entropy, where given; clip_low, clip_high, clip_region = either (tokens held back
+    at that bound; cispo: at cispo_max); diff_sum of |logp - sampler_logp|; ratio_sum. Extremes: diff_max,
+    ratio_min, ratio_max. diff and ratio are the token's own, in GSPO too: on-policy they measure the trainer
+    against the sampler. ValueError: an unknown name, a term without its tensor, a divisor of 0.
     """
     T, N = logp.numel(), adv.numel()
     pick(KL, kl, "kl")
@@ -447,9 +450,8 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
                  weight=weight, exact_kl=exact_kl, sampler_logp=sampler_logp)  # fmt: skip
     if norm is None:
         norm = float(divisor(T, N, group_size, max_new_tokens))
-    check_terms(
-        T, objective, lengths, norm, beta, exact_kl if kl == "full" else ref_logp, entropy_coef, entropy
-    )
+    reference = exact_kl if kl == "full" else ref_logp
+    check_terms(T, objective, lengths, norm, beta, reference, entropy_coef, entropy)
 
     # Everything but logp and entropy is a constant. Passing old_logp=logp, the on-policy call with
     # its detach() forgotten, would otherwise give a ratio of 1 whose gradient is 0: a run that
@@ -458,9 +460,8 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
     A = adv.detach().to(logp)[rows]  # (T,)
     sampler = old if sampler_logp is None else sampler_logp.detach().to(logp)
     if lengths is None:
-        lengths = rows.new_zeros(N).index_add(
-            0, rows, torch.ones_like(rows)
-        )  # bincount would wait for the GPU
+        # bincount would wait for the GPU
+        lengths = rows.new_zeros(N).index_add(0, rows, torch.ones_like(rows))
     if mismatch_clip:
         weight = mismatch_weight(old, sampler, mismatch_clip) * (1.0 if weight is None else weight)
     live_logp, ratio, A = ratios(logp, old, A, rows, lengths, weight, objective)
@@ -473,10 +474,8 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
         share = share / lengths.to(logp)[rows]  # (T,)
     loss = policy = (share * term).sum()
 
-    watch_only = torch.set_grad_enabled(
-        torch.is_grad_enabled() and beta != 0
-    )  # beta 0: logged, not trained on
-    with watch_only:
+    trained = torch.is_grad_enabled() and beta != 0  # at beta 0 the KL is logged and not trained on
+    with torch.set_grad_enabled(trained):
         kls = kl_terms(logp, old, ref_logp, exact_kl, kl, kl_times_ratio)
     if beta:
         loss = loss + beta * (share * kls).sum()
