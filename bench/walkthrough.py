@@ -28,7 +28,14 @@ from head import policy_head
 from run import Run
 
 PAGE = Path(__file__).parents[1] / "docs" / "walkthrough.md"
-FLAGS = ["--sft_steps=140", "--prompts_per_step=3", "--group_size=4", "--max_new_tokens=8", "--steps=1"]
+FLAGS = [
+    "--sft_steps=140",
+    "--sft_batch=64",
+    "--prompts_per_step=3",
+    "--group_size=4",
+    "--max_new_tokens=8",
+    "--steps=1",
+]
 FLAGS += ["--eval_every=0", "--eval_problems=8", "--threads=1", "--device=cpu", "--force=True", "--lr=2e-5"]
 FLAGS += ["--task_options={'digits': 2, 'worked_share': 0.0}", "--warmup_steps=0", "--entropy_coef=0.0"]
 FLAGS += ["--temperature=1.0", "--seed=1"]

@@ -2,10 +2,9 @@
 
     python train.py configs/arithmetic.py
 
-It starts from random numbers. The supervised warm-up shows two ways to add three-digit numbers: mostly
-the bare answer, which is too hard to learn in a minute, and less often the sum worked digit by digit.
-After it the model answers straight away and is wrong. GRPO rewards right answers and nothing else, and
-the model learns to work.
+It starts from random numbers. The supervised warm-up shows two ways to add three-digit numbers: first the sum
+worked digit by digit, then mostly the bare answer, which is too hard to learn in a minute. After it the model
+answers straight away and is wrong. GRPO rewards right answers and nothing else, and the model learns to work.
 """
 
 
@@ -26,10 +25,12 @@ scratch = dict(
 )
 alphabet = "0123456789+=<>,_^"
 task = "arithmetic"
-task_options = dict(style="chars", digits=3, worked_share=0.28)
+# 150 steps of worked sums, so that every seed knows how, and then 18 % of them. The model begins its answer
+# with the likeliest character: at 28 % "<" is about as likely as the likeliest digit, and the seed decides.
+task_options = dict(style="chars", digits=3, worked_first=4800, worked_share=0.18)
 rewards = [("arithmetic", 1.0), (worked, 0.0)]  # weight 0: shown, not rewarded
 
-sft_steps, sft_batch, sft_lr = 280, 64, 2e-3
+sft_steps, sft_batch, sft_lr = 360, 32, 2e-3
 lora_rank = 0
 prompts_per_step, group_size, micro_tokens = 16, 8, 16384
 max_new_tokens, temperature = 30, 0.7

@@ -35,7 +35,7 @@ import math
 import torch
 
 from kernels import switch
-from kernels.switch import tl, triton
+from kernels.switch import core, tl, triton
 
 # Near the square root of V, and it divides 49,152 and 151,936: no padding for the real vocabularies.
 BLOCK = 128
@@ -257,7 +257,7 @@ def truncation(logits, temperature, top_k, top_p, min_p):
 @triton.jit
 def _number(x):
     """A number that the host gave, or that lies on the device."""
-    x = tl.core.to_tensor(x)
+    x = core.to_tensor(x)
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x.to(tl.float32)
@@ -443,9 +443,8 @@ def _sample_kernel(
         used = tl.where(blocks > 1, blocks, 0)  # variates of the race over blocks
         score = e / _exponential(key, used + w)
     score = tl.where(score == score, score, float("-inf"))
-    word = tl.minimum(
-        block * BLOCK + tl.argmax(score, 0), V - 1
-    )  # of the vocabulary, whatever the logits are
+    # of the vocabulary, whatever the logits are
+    word = tl.minimum(block * BLOCK + tl.argmax(score, 0), V - 1)
 
     x = _words(logits, word, V, temperature, cut)
     tl.store(token + draw, word.to(tl.int64))

@@ -15,11 +15,12 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.language import core  # by its name: the interpreter does not see it in tl.core
 except ImportError:  # torch's CPU builds come without it and do not need it
     from types import SimpleNamespace
 
     triton = SimpleNamespace(jit=lambda f: f)
-    tl = SimpleNamespace(constexpr=None)
+    tl = core = SimpleNamespace(constexpr=None)
 
 MODES = {
     "auto": "Triton where the tensors are on a GPU, torch elsewhere",

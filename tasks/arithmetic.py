@@ -14,14 +14,14 @@ import functools
 from data import hashed, is_held_out, text_of
 
 
-def task(
-    *, data_dir, eval_problems, style="chars", digits=3, low=None, high=None, worked_share=0.3, held_out=0.1
-):
+def task(*, data_dir, eval_problems, style="chars", digits=3, low=None, high=None, worked_share=0.3,
+         worked_first=0, held_out=0.1):  # fmt: skip
     """Sums of two numbers from low to high (by default those with `digits` digits), without end.
 
-    style "chars": prompt "347+585=" for a character model that starts from nothing; `worked_share` of the
-    demonstrations are worked, the others are the bare answer. style "words": "What is 347 + 585?" for a chat
-    model. A share `held_out` of the pairs is never trained on.
+    style "chars": prompt "347+585=" for a character model that starts from nothing. Of its demonstrations the
+    first `worked_first` are all worked, and then a share `worked_share`, evenly spread; the others are the
+    bare answer. style "words": "What is 347 + 585?" for a chat model. A share `held_out` of the pairs is
+    never trained on.
     """
     if low is None:
         low = 10 ** (digits - 1) if digits > 1 else 0
@@ -32,9 +32,8 @@ def task(
             "arithmetic needs style='chars' or 'words', 0 <= low <= high, 0 < held_out <= 0.9; "
             f"got {style!r}, {low}, {high}, {held_out}"
         )
-    make = functools.partial(
-        sum_row, low=low, high=high, style=style, worked_share=worked_share, held_out=held_out
-    )
+    is_worked = functools.partial(shows_work, first=worked_first, share=worked_share)
+    make = functools.partial(sum_row, low=low, high=high, style=style, is_worked=is_worked, held_out=held_out)
     # The held-out rows come from draws that do not depend on the run's seed, one try each. A small range has
     # fewer held-out pairs than were asked for: this many draws find about all of them.
     found = {}
@@ -51,7 +50,14 @@ def task(
     return make, rows
 
 
-def sum_row(seed, index, *, low, high, style, worked_share, held_out, wanted=False, tries=10_000):
+def shows_work(index: int, *, first: int, share: float) -> bool:
+    """Whether demonstration `index` is worked. Exactly a share of any batch is: were it drawn for each row, a
+    last batch with a few more or less would decide how a small model answers.
+    """
+    return index < first or int((index + 1) * share) > int(index * share)
+
+
+def sum_row(seed, index, *, low, high, style, is_worked, held_out, wanted=False, tries=10_000):
     """Row `index` of the sums of `seed`: the first of its draws that is held out or not, as `wanted`.
 
     None if no draw is.
@@ -60,14 +66,14 @@ def sum_row(seed, index, *, low, high, style, worked_share, held_out, wanted=Fal
     for attempt in range(tries):
         u = hashed(seed, index, attempt)  # 256 random bits, used up from the low end
         u, a = divmod(u, numbers)
-        u, b = divmod(u, numbers)
+        _, b = divmod(u, numbers)
         a, b = low + a, low + b
         # b + a is held out together with a + b, or its twin would give it away.
         if is_held_out(held_out, min(a, b), max(a, b)) != wanted:
             continue
         if style == "words":
             return dict(prompt=f"What is {a} + {b}?", answer=str(a + b), solution=f"{a} + {b} = {a + b}")
-        work = worked(a, b) if u % 10**6 < worked_share * 10**6 else ""
+        work = worked(a, b) if is_worked(index) else ""
         return dict(prompt=f"{a}+{b}=", answer=str(a + b), solution=f"{work}{a + b}")
     return None
 

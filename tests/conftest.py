@@ -176,7 +176,3 @@ def interpreter_without_two_faults():
         patch.setattr(builder, "create_dot", widened)
         patch.setattr(scope, "set_attr", set_index)
         yield
-
-
-# bench/gpu.py is being rewritten for the new rooms.
-collect_ignore = ["test_gpu_bench.py"]

@@ -75,12 +75,20 @@ def test_demonstrations_are_right_and_the_given_share_is_worked(options):
         a, b = map(int, row["prompt"].rstrip("=").split("+"))
         assert row["answer"] == str(a + b)
         assert row["solution"].removeprefix(worked(a, b)) == row["answer"]
-    assert 0.26 < sum("<" in row["solution"] for row in rows) / 2000 < 0.34
-    for share, wanted in ((0, 0), (1, 20)):
-        got = sum(
-            "<" in row["solution"] for row in load_task("arithmetic", worked_share=share).batch(0, 20, 0)
-        )
-        assert got == wanted
+    assert sum("<" in row["solution"] for row in rows) == 600
+
+
+@pytest.mark.parametrize("share", [0, 0.18, 0.5, 1])
+def test_every_batch_has_its_share_of_worked_demonstrations_after_the_first_that_all_are(share):
+    """A share drawn for each row let the last batches of a warm-up decide how the model began its answers."""
+    task = load_task("arithmetic", worked_first=70, worked_share=share)
+
+    def worked_of(step):
+        return sum("<" in row["solution"] for row in task.batch(step, 32, 5))
+
+    assert worked_of(0) == worked_of(1) == 32
+    for step in range(3, 40):
+        assert abs(worked_of(step) - 32 * share) < 1
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))

@@ -553,7 +553,6 @@ def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
     triton.__version__.startswith("3.6"),
     reason="its interpreter cannot loop to a bound read from memory beside numpy 2.4",
 )
-@pytest.mark.skip(reason="bench/gpu.py is being rewritten for the new rooms")
 @pytest.mark.parametrize("only", ["swiglu", "sample"])
 def test_bench_of_the_gpu_runs_dry(only):
     """Its code is tried without a GPU; it prints no figure then, and writes none."""
