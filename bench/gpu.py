@@ -174,8 +174,9 @@ def attempt(results, name, job, save):
     except Exception as e:
         first_line = (str(e).strip() or "no message").splitlines()[0]
         results[name] = dict(failed=f"{type(e).__name__}: {first_line[:300]}")
-    gc.collect()  # a model and its graphs hold each other
-    torch.cuda.empty_cache()
+    if not DRY:
+        gc.collect()  # a model and its graphs hold each other
+        torch.cuda.empty_cache()
     save()
     print(f"{time.strftime('%T')} {name}: {results[name].get('failed', 'done')}", flush=True)
 

@@ -75,7 +75,13 @@ def test_the_readme_has_the_commands_of_every_script():
     assert len(TRAINING) >= 6
 
 
-@pytest.mark.parametrize("command", TRAINING)
+STARTED = []  # test_promises.py starts two processes faster
+for command in TRAINING:
+    marks = pytest.mark.slow if command.startswith("torchrun") else ()
+    STARTED.append(pytest.param(command, marks=marks))
+
+
+@pytest.mark.parametrize("command", STARTED)
 def test_a_training_command_of_the_readme_starts(tmp_path, capsys, command):
     """The config with the command's own flags loads; and with a small model over them it trains.
 

@@ -142,6 +142,10 @@ def test_eval_and_sample_run_as_commands_on_a_saved_checkpoint(policy, tmp_path)
     assert out.returncode == 0 and "7 problems" in out.stdout, out.stderr
     out = run("sample.py", f"--model={folder}", "--max_new_tokens=5", "12+34=")
     assert out.returncode == 0 and "tokens" in out.stdout, out.stderr
+
+
+@pytest.mark.slow
+def test_a_wrong_flag_of_eval_is_one_sentence():
     out = run("eval.py", "configs/arithmetic.py", "--eval_problms=7")
     assert out.returncode == 1 and "eval_problems" in out.stderr
     assert out.stderr.strip().splitlines()[-1].startswith("eval.py:")

@@ -93,7 +93,10 @@ TRUNCATED = [
 SHAPES = [(1, 3), (2, 5), (127, 4), (128, 4), (129, 4), (1000, 6)]
 LARGE = [(4097, 3), (49_152, 3), (151_936, 2)]
 CASES = [(V, n, options) for V, n in SHAPES for options in [dict(), *TRUNCATED]]
-CASES += [(V, n, options) for V, n in LARGE for options in PLAIN]
+for V, n in LARGE:
+    for options in PLAIN:
+        slow = V > 100_000 and options  # the plain case of a large vocabulary covers most
+        CASES.append(pytest.param(V, n, options, marks=pytest.mark.slow if slow else ()))
 
 
 @pytest.mark.parametrize("V, n, options", CASES, ids=str)

@@ -41,7 +41,7 @@ MAY_IMPORT["run"] |= {"rollout", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
-ALONE = ["loss", "data", "optim", "ranks", "shape", "kernels.switch", "kernels.attention", "tasks.sandbox"]
+ALONE = ["loss", "data", "optim", "ranks", "shape", "kernels/switch", "kernels/attention", "tasks/sandbox"]
 # With kernels/switch.py beside it, and nothing else of ours.
 WITH_SWITCH = ["flash_attention", "logprob", "lora_linear", "rms_norm", "rope", "sample", "swiglu"]
 
@@ -124,27 +124,41 @@ def test_model_text_is_never_evaluated():
         assert not {"eval", "exec", "compile", "__import__"} & called, path.name
 
 
-def imports_in(folder, module):
-    return subprocess.run(
-        [sys.executable, "-c", f"import {module}"], cwd=folder, capture_output=True, text=True
-    )
+# Imports each module from a folder of its own, which holds nothing else of ours. One process for all of them:
+# torch and Triton take seconds to import.
+IMPORT_EACH = """
+import importlib, sys
+for folder, module in zip(sys.argv[1::2], sys.argv[2::2]):
+    sys.path.insert(0, folder)
+    importlib.import_module(module)
+    del sys.path[0]
+    for name in [name for name in sys.modules if name.split(".")[0] == module.split(".")[0]]:
+        del sys.modules[name]
+"""
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_file_can_be_copied_out_alone(name, tmp_path):
-    source = ROOT / (name.replace(".", "/") + ".py")
-    (tmp_path / source.name).write_text(source.read_text())
-    out = imports_in(tmp_path, source.stem)
-    assert out.returncode == 0 and not out.stdout, out.stderr
+def import_each(tmp_path, wanted: dict[str, list[str]]):
+    """wanted: module -> the files that it may need, as paths from the repository's root."""
+    arguments = []
+    for module, files in wanted.items():
+        folder = tmp_path / module
+        for file in files:
+            target = folder / (file if module.startswith("kernels.") else file.split("/")[-1])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text((ROOT / file).read_text())
+        arguments += [str(folder), module]
+    elsewhere = dict(cwd=tmp_path, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", IMPORT_EACH, *arguments], **elsewhere)
+    assert out.returncode == 0 and not out.stdout, out.stdout + out.stderr
 
 
-@pytest.mark.parametrize("name", WITH_SWITCH)
-def test_kernel_can_be_copied_out_with_its_switch(name, tmp_path):
-    (tmp_path / "kernels").mkdir()
-    for file in ("switch", name):
-        (tmp_path / "kernels" / f"{file}.py").write_text((ROOT / "kernels" / f"{file}.py").read_text())
-    out = imports_in(tmp_path, f"kernels.{name}")
-    assert out.returncode == 0 and not out.stdout, out.stderr
+def test_files_can_be_copied_out_alone(tmp_path):
+    import_each(tmp_path, {name.split("/")[-1]: [f"{name}.py"] for name in ALONE})
+
+
+def test_kernels_can_be_copied_out_with_their_switch(tmp_path):
+    pair = {f"kernels.{name}": ["kernels/switch.py", f"kernels/{name}.py"] for name in WITH_SWITCH}
+    import_each(tmp_path, pair)
 
 
 def test_every_config_loads():

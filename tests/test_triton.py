@@ -7,6 +7,7 @@ about a millisecond an operation of a program, so shapes here are small and odd;
 import ast
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ pytestmark = [
 ROOT = Path(rollout.__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [torch.float32, torch.bfloat16]
+SLOW = partial(pytest.param, marks=pytest.mark.slow)  # a case that a faster one covers as well
 quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -424,20 +426,14 @@ def test_a_kernel_says_which_dtypes_it_takes():
         assert kernels.switch.on_triton(x.to(dtype), dtypes=(torch.float32,)) == (dtype == torch.float32)
 
 
-def test_a_kernel_file_can_be_copied_out_with_the_switch(tmp_path):
+def test_kernel_files_need_no_other_file_of_ours_but_the_switch():
+    """tests/test_style.py copies them out and imports them."""
     beside = {"exact_kl": {"kernels.logprob"}, "linear_logprob": {"kernels.logprob"}}
     for name in ("exact_kl", "linear_logprob", "logprob", "lora_linear", "rms_norm", "rope", "swiglu"):
         tree = ast.parse((ROOT / f"kernels/{name}.py").read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         ours = {module for module in imported if module.startswith("kernels")}
         assert ours - {"kernels.switch"} == beside.get(name, set())
-    (tmp_path / "kernels").mkdir()
-    for stem in ("rms_norm", "switch"):
-        (tmp_path / f"kernels/{stem}.py").write_text((ROOT / f"kernels/{stem}.py").read_text())
-    program = "import kernels.rms_norm, kernels.switch as switch; switch.use('torch')"
-    command = [sys.executable, "-c", program]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert out.returncode == 0 and not out.stdout, out.stderr
 
 
 # ------------------------------------------------------------------------ the model, the sampler, a step
@@ -474,7 +470,7 @@ def test_model_forward_and_backward_equal_torch(tiny):
     near(logits, tiny.logits(prompt), torch.float32)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(top_k=30, top_p=0.95)], ids=str)
+@pytest.mark.parametrize("options", [dict(), SLOW(dict(top_k=30, top_p=0.95))], ids=str)
 def test_training_step_equals_torch(tiny, options):
     """Sampling, reference, loss with KL and entropy, backward, update: all through Triton, all through
     torch.
@@ -533,7 +529,9 @@ def test_keys_go_to_places_that_are_a_column_of_a_table():
     assert torch.equal(ours, ref)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0), dict(top_k=20, top_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "options", [SLOW(dict()), SLOW(dict(temperature=0)), dict(top_k=20, top_p=0.9)], ids=str
+)
 def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
     """Six rows through three slots: prefill, decoding from the cache, refilling, moving rows and groups."""
     tiny.to(DEVICE)
@@ -553,7 +551,7 @@ def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
     triton.__version__.startswith("3.6"),
     reason="its interpreter cannot loop to a bound read from memory beside numpy 2.4",
 )
-@pytest.mark.parametrize("only", ["swiglu", "sample"])
+@pytest.mark.parametrize("only", ["swiglu", SLOW("sample")])
 def test_bench_of_the_gpu_runs_dry(only):
     """Its code is tried without a GPU; it prints no figure then, and writes none."""
     before = sorted((ROOT / "bench/results").iterdir())
