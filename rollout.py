@@ -65,9 +65,8 @@ class Rollout:
     stopped: list[bool]  # ended by a stop id; False: cut by the length limit
     # nats, of the distribution each id was drawn from; empty lists where they were not asked for
     entropies: list[list[float]]
-    stats: dict = field(
-        default_factory=dict
-    )  # seconds, tokens, slot_steps, useful_slot_steps, slots, cache_bytes
+    # seconds, tokens, slot_steps, useful_slot_steps, slots, cache_bytes
+    stats: dict = field(default_factory=dict)
 
     def group(self, b: int, group_size: int) -> list[list[int]]:
         return self.ids[b * group_size : (b + 1) * group_size]
@@ -151,10 +150,14 @@ class Sampler:
     def loop(self):
         """The whole of sampling: seat rows, run a block, record what was drawn, until no row is live."""
         if self.prompts_first:
+            # All prompts before the first token, as far as their keys fit: refills then only seat rows.
             while self.queue and len(self.placed) < self.places:
                 self.prefill(len(self.limits))
         self.seat()  # which row is in which slot
         while self.live:
+            # A GPU goes on with the next block before the host has read this one. Whatever the host decides
+            # between two blocks (who leaves, who enters, who moves) is queued behind the block that runs, so
+            # it acts on the state that the block leaves.
             started = self.run_block()
             if not started or len(self.running) > self.lag:
                 self.record_block()  # a CPU the one just run, a GPU the one before
@@ -170,6 +173,8 @@ class Sampler:
             raise ValueError(
                 f"{len(max_new_tokens)} max_new_tokens for {N} rows: give one number, or one a row"
             )
+        # A row that would leave the context is cut there, as one that reaches max_new_tokens: positions
+        # beyond it were never trained, and no check later would notice.
         context = self.model.shape.context
         return [
             min(longest, context - len(prompts[row // group_size]))
@@ -178,6 +183,8 @@ class Sampler:
 
     def open_accounts(self, prompts, group_size: int, limits, stop_ids, entropy: bool, on_group):
         """What is known of each row and prompt during a call."""
+        # Lists of Python numbers, because the host decides with them who leaves and who enters. The device
+        # has its own copy of what a step needs (decode.Slots), and the two meet in `record`.
         B, N = len(prompts), len(limits)
         self.prompts, self.G, self.limits = prompts, group_size, limits
         self.stop_ids, self.wants_entropy, self.on_group = set(stop_ids), entropy, on_group
@@ -188,6 +195,7 @@ class Sampler:
         self.ended = [False] * N
         self.left = [group_size] * B  # rows of each prompt that are not finished
 
+        # A row goes from left to right: queue (its prompt), waiting, live, ended.
         self.queue = deque(range(B))  # prompts that are not prefilled yet
         self.placed: list[int] = []  # the prompt in place 0, 1, .. of the cache
         self.waiting: deque = deque()  # rows that have their first token and no slot
@@ -202,6 +210,7 @@ class Sampler:
         self.block = self.asked_block or (decode.BLOCK if self.prompts_first else 1)
         # A block of one step is for looking at each token at once.
         self.lag = 1 if self.block > 1 else 0
+        # 256 rows are where a GPU stops gaining: 512 add under 3 % to its tokens a second.
         slots = min(256 if self.asked_slots is None else self.asked_slots, N)
         sizes = dict(
             prompt_tokens=max(map(len, self.prompts)),
@@ -225,7 +234,8 @@ class Sampler:
         The new ones are large enough for the earlier calls too, so that training and evaluation do not take
         turns in building them, unless that takes more than half of the memory.
         """
-        # in steps of 64, since the longest prompt is another in every batch
+        # In steps of 64: the longest prompt is another in every batch, and a cache of the exact size would be
+        # made anew at every call, with all graphs that read it.
         sizes = {name: -(-tokens // 64) * 64 for name, tokens in sizes.items()}
         held, self.kept = self.kept, None
         before = {}
@@ -242,10 +252,14 @@ class Sampler:
         number = (self.model.shape, self.model.embed.itemsize)
         tokens = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         batch = dict(group_size=self.G, prompts=B)
+        # Fewer slots where memory is short, never an error: the rows that find none wait for their turn, and
+        # what they draw does not depend on when that is.
         room = cache.usable_bytes(device)
         fit = plan_slots(*number, room, slots=slots, **batch, **tokens)
         sizes = dict(groups=group_places(fit, self.G, B), slots=fit, **tokens)
         if self.prompts_first:
+            # Places for all prompts at once if they fit, but not so many that the cache is too large to be
+            # kept between two calls: recording its graphs again would cost more than a few more prefills.
             largest = decode.kept_bytes(device)
             if cache_bytes(*number, **sizes) > largest:
                 largest = room  # it will not be kept in any case
@@ -259,11 +273,14 @@ class Sampler:
 
     def prepare_draws(self, seed: int, step: int, numbers: list[int], *, temperature, top_k, top_p, min_p):
         """The model and head that draw, the keys of all draws, and how they are drawn."""
+        # The twin is what computes: the model itself, or on a CPU a copy whose matrices lie as the matmul
+        # wants them. Same numbers up to the order of sums.
         self.twin, self.head = self.model, partial(logits_fp32, weight=self.model.head)
         if max(self.limits) >= PACK_STEPS and self.model.device.type == "cpu":
             self.twin, self.head = packed_copy(self.model)
         # Every key of the batch at once: ten rounds of integer arithmetic a token would be a
         # third of a small model's step.
+        # A greedy row draws nothing, so it needs none.
         positions = torch.arange(0 if temperature == 0 else max(self.limits))
         samples = torch.arange(self.G)[None, :, None]
         keys = sampling.token_keys(seed, step, torch.tensor(numbers)[:, None, None], samples, positions)
@@ -319,6 +336,8 @@ class Sampler:
             tokens += len(self.prompts[b])
             self.placed.append(b)
         places = list(range(first, len(self.placed)))
+        # The last position of each prompt predicts the first token of all rows of its group: one row of
+        # logits and G draws from it.
         plan = Prefill(self.model, [self.prompts[b] for b in batch], self.slots.cache, places)
         hidden = self.twin(plan.ids, plan.positions, plan)[plan.last]  # (groups, D)
         rows = [row for b in batch for row in range(b * self.G, (b + 1) * self.G)]
@@ -326,6 +345,7 @@ class Sampler:
         token, logp, entropy = self.choose(hidden, key, times=self.G)
         entropies = None if entropy is None else entropy.tolist()
         self.record(rows, token.tolist(), logp.tolist(), entropies)
+        # A row may end with its first token; then it never needs a slot.
         self.waiting.extend(row for row in rows if not self.ended[row])
 
     # -------------------------------------------------------------------------------------------------- seats
@@ -333,12 +353,14 @@ class Sampler:
         """Gives free slots to waiting rows, prefilling prompts for them as needed; what stays free is closed
         up.
         """
+        # `free` are the slots of finished rows, `vacant` these and those behind the last live row.
         free = [slot for slot, row in enumerate(self.live) if self.ended[row]]
         vacant = free + list(range(len(self.live), self.slot_count))
         while self.queue and len(self.waiting) < len(vacant) and len(self.placed) < self.places:
             missing = len(vacant) - len(self.waiting)
             # where a prefill costs the same whatever its size, every free place is filled at once
             self.prefill(len(self.limits) if self.prompts_first else missing)
+        # Waiting rows take the first vacant slots. What is left of `free` is a hole among live rows.
         taken, empty = vacant[: len(self.waiting)], free[len(self.waiting) :]
         if taken:
             self.enter(taken, [self.waiting.popleft() for _ in taken])
@@ -355,6 +377,7 @@ class Sampler:
         tokens = [self.ids[row][0] for row in rows]
         lengths = [len(self.prompts[row // self.G]) for row in rows]
         limits = [self.limits[row] for row in rows]
+        # One copy to the device for all five columns: a copy costs the host the same whatever its size.
         columns = upload([slots, rows, tokens, lengths, limits], self.keys.device)
         slot, row, token, length, limit = columns
         self.slots.enter(slot, token, length, limit, self.keys[row])
@@ -376,6 +399,8 @@ class Sampler:
         """Starts a block of steps of all live rows. False: the blocks that run take
         every row to its limit already.
         """
+        # Tokens that a row has, and those that the block which still runs will add at most. A row that ends
+        # in that block adds fewer, and its slot is then wasted until the host reads the block.
         coming = {row: steps for rows, steps in self.running for row in rows}
         tokens = [len(self.ids[row]) + coming.get(row, 0) for row in self.live]
         left = max(self.limits[row] - n for row, n in zip(self.live, tokens))
@@ -392,6 +417,7 @@ class Sampler:
 
     def record_block(self):
         """Records what the oldest block drew that nobody has looked at."""
+        # `rows` as they sat when the block began: since then some may have left their slots to others.
         rows, steps = self.running.popleft()
         tokens, logps, entropies = self.slots.read()
         for i in range(steps):
@@ -406,6 +432,8 @@ class Sampler:
 
     def record(self, rows: list[int], tokens: list[int], logps: list[float], entropies: list[float] | None):
         """Notes what each row drew, and closes the accounts of rows for which that was the last."""
+        # A NaN in the logits would be drawn from without a word, and trained on. One look at the sum finds
+        # it, wherever it is.
         if not math.isfinite(sum(logps)):
             raise FloatingPointError(
                 "the model's logits are not finite: its weights are broken "
@@ -438,6 +466,7 @@ class Sampler:
             return
         if self.on_group:
             self.on_group(b, self.ids[b * self.G : (b + 1) * self.G])
+        # Prompts in use stay in places 0, 1, .., so that the torch attention can take them as one slice.
         place, last = self.placed.index(b), self.placed.pop()
         if last != b:
             self.slots.cache.move_group(len(self.placed), place)
@@ -449,12 +478,15 @@ class Sampler:
         hidden (n / times, D): the first tokens of a group are `times` draws from the same logits. key (n,):
         of each draw; not read at temperature 0.
         """
+        # In fp32: logits rounded to bf16 are the largest source of a sampler that differs from the trainer.
         logits = self.head(hidden)  # (n / times, V) fp32
         if self.greedy:
             key = None
         if sampling.on_triton(logits):  # all that follows in one launch
             policy = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
             return sampling.sample(logits, key, **policy, times=times)
+        # Temperature first, then truncation, as transformers and TRL do, and in place: these are the largest
+        # tensors of a step. The log-probability that is noted is of the distribution after both.
         if not self.greedy:
             if torch.is_tensor(self.temperature) or self.temperature != 1:
                 logits.div_(self.temperature)

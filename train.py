@@ -105,7 +105,7 @@ def rewards_at(run, number: int) -> list[tuple]:
 def train_step(run, number: int) -> dict:
     """One step: sample, score, compare within groups, learn. Returns its row for metrics.jsonl."""
     cfg = run.cfg
-    step = begin_step(run, number)
+    step = begin_step(run, number)  # its rows, temperature, rate: functions of the config and of `number`
 
     # Sample G completions of each prompt and score them. Every rank works on its own prompts, and from here
     # on every rank knows all rewards: a baseline, a scale or a mean may need them.
@@ -156,6 +156,7 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
     for row in rows:
         ids = data.prompt_ids(run.tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill)
         prompts.append(ids)
+    # Slow rewards (a judge, tests of a program) can be computed while other groups are still being sampled.
     background = rewarding.InBackground() if cfg.reward_overlap else None
 
     def score_group(b, ids):
@@ -205,6 +206,7 @@ def resample(run, step, batch):
     cfg, G = run.cfg, run.cfg.group_size
     budget = (cfg.resample_budget or cfg.prompts_per_step) // world()
     extra = run.task.batch(step.number - 1, budget * world(), cfg.seed + EXTRA_PROMPTS)[rank() :: world()]
+    # In rounds, because a new group may be flat again; `budget` bounds what a step can cost.
     while step.resampled < budget:
         # By the spread of their rewards, not their mean: rewards need not be 0 and 1.
         flat = flat_groups(batch.reward.reshape(-1, G))
@@ -248,6 +250,8 @@ def learn(run, step, batch) -> dict:
     if not run.micro_tokens:
         run.micro_tokens = choose_micro_tokens(run.model)
     choose_tokens(run, step, batch, updates)
+    # Each update is a whole optimiser step. `total` adds the sums of all of them up, so that a mean over
+    # tokens is one division at the end.
     total, grad_norms = {}, []
     for i in range(updates):
         # Whole groups, since a group shares its prompt; each is in one minibatch of every epoch.
@@ -331,6 +335,7 @@ def update(run, step, batch, groups, first: bool):
             if not torch.isfinite(loss.detach()):
                 refuse_loss(run, step, loss, prompts, completions, tokens, save=first)
             loss.backward()  # gradients add up over micro-batches
+        # Sums and not means, so that micro-batches, and ranks later, may be added up in any grouping.
         stats = add_stats(stats, sums)
         for n, row in zip(numbers, entropy.split(tokens.lengths.tolist())):
             batch.entropies.setdefault(n, row)
@@ -339,6 +344,7 @@ def update(run, step, batch, groups, first: bool):
     stats = sum_stats(stats)
     if first:
         check_mismatch(run, step, stats)
+    # AdamW clips the gradient's norm and takes its step in place, so the sampler's CUDA graphs stay good.
     with step.timer("train"):
         # A sum and not a mean: the divisor is that of all ranks already.
         ranks.sum_over_ranks(run.optimizer.grads())
@@ -367,6 +373,8 @@ def look_up_reference(run, step, prompts, completions):
     """
     if not run.cfg.beta:
         return None, None
+    # The same tokens under the model that training started from. With LoRA that is this model with its
+    # adapters off, so no second copy is held.
     with run.as_reference() as reference:
         # The exact KL needs the reference's whole distribution, which head.py makes
         # a chunk at a time from these.
@@ -510,6 +518,8 @@ def main(cfg) -> int:
                 metrics |= after[0]
                 if after[0]:
                     say(f"      = {summary(after[0])}")
+            # The row is written before the checkpoint: a run that dies between the two and is resumed makes
+            # the step again, and its row replaces this one.
             log.write(metrics)
             if rank() == 0 and (due(number, cfg.save_every, cfg.steps) or number == cfg.steps):
                 run.save()
