@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-ONE_RUN = RESULTS / "2026-11-21_cpu_arithmetic_seed0_metrics.jsonl"
+ONE_RUN = RESULTS / "2026-11-26_cpu_arithmetic_seed0_metrics.jsonl"
 
 # Colours that a colour-blind reader can tell apart (Okabe and Ito), a line style and a marker for each.
 STYLES = {
