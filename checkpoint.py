@@ -57,14 +57,18 @@ def save(
         ckpt.mkdir(parents=True, exist_ok=True)
         _sweep(ckpt)
         tmp.mkdir()
-        write_model(tmp)
-        tensors = {key: t.detach().contiguous() for key, t in optimizer_state.items()}
-        save_file(tensors, tmp / "optimizer.safetensors")
-        # state.json comes last: its presence says that all before it was written, its manifest what that was.
-        _write_state(tmp, step, state)
-        # The content reaches the disk before the name does. Left to itself a file system orders them as it
-        # likes, and a power cut soon after the rename would leave the right name on empty files.
-        _fsync(*tmp.rglob("*"), tmp)
+        try:
+            write_model(tmp)
+            tensors = {key: t.detach().contiguous() for key, t in optimizer_state.items()}
+            save_file(tensors, tmp / "optimizer.safetensors")
+            # state.json comes last: its presence says that all before it was written, its manifest what.
+            _write_state(tmp, step, state)
+            # The content reaches the disk before the name does. Left to itself a file system orders them as
+            # it likes, and a power cut soon after the rename would leave the right name on empty files.
+            _fsync(*tmp.rglob("*"), tmp)
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)  # a full disk is not left fuller by half a save
+            raise
         if final.exists():
             # rename() cannot replace a folder that has files. Deleting the old one first would leave a moment
             # with neither; moved aside it is still found by newest(), until the new one stands in its place.
@@ -83,18 +87,32 @@ def save(
     return final
 
 
-def newest(out_dir: str | Path) -> Path | None:
+def newest(out_dir: str | Path, run: str | None = None) -> Path | None:
     """The newest whole checkpoint under out_dir, or None; prints what is passed over.
 
-    Every byte is checked, at 1.5 GB/s. Read the step from load_state(path), not from the name: a save killed
-    while replacing leaves .old-step_000100.
+    run: passes over those whose state names another run. Every byte is checked, at 1.5 GB/s. Read the step
+    from load_state(path), not from the name: a save killed while replacing leaves .old-step_000100.
     """
     for _, path in _candidates(Path(out_dir) / "ckpt"):
         problem = _problem(path)
-        if not problem:
+        if problem:
+            print(f"warning: checkpoint {path} is not whole and is passed over: {problem}")
+        elif run and _run_of(path) not in (run, None):
+            print(f"warning: checkpoint {path} is of another run and is passed over")
+        else:
             return path
-        print(f"warning: checkpoint {path} is not whole and is passed over: {problem}")
     return None
+
+
+def has_any(out_dir: str | Path) -> bool:
+    """Whether there is anything that was saved as a checkpoint, whole or not."""
+    return bool(_candidates(Path(out_dir) / "ckpt"))
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """Writes a checkpoint's state.json anew, after one of its files was changed on purpose."""
+    stored = json.loads((folder / "state.json").read_text())
+    _write_state(folder, stored["step"], stored["state"])
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -216,7 +234,7 @@ def _write_state(folder: Path, step: int, state: dict) -> None:
     """Writes state.json: the step, the caller's state, and the manifest of all other files in the folder."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path != folder / "state.json":
             files[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
     # Through JSON and back, so that the hash is of what will be read: keys become strings, tuples lists.
     body = json.loads(json.dumps({"step": step, "state": state, "files": files}))
@@ -254,6 +272,11 @@ def _problem(folder: Path, content: bool = True) -> str | None:
     return None
 
 
+def _run_of(folder: Path) -> str | None:
+    """The identity of the run that saved a whole checkpoint; None where it names none."""
+    return json.loads((folder / "state.json").read_bytes())["state"].get("run")
+
+
 def _sha256(what: Path | dict) -> str:
     """Of a file (what `sha256sum FILE` prints), or of a dict, whatever the order of its keys."""
     if isinstance(what, dict):
@@ -279,4 +302,7 @@ def _sweep(ckpt: Path) -> None:
         else:  # the save died between its two renames: this is still the checkpoint of that step
             os.rename(old, final)
     for tmp in ckpt.glob(".tmp-*"):
-        shutil.rmtree(tmp)
+        if tmp.is_dir() and not tmp.is_symlink():
+            shutil.rmtree(tmp)
+        else:
+            tmp.unlink()  # of a link only the link, never what it points to

@@ -118,9 +118,10 @@ class Config:
     checkpointing: str = "none"  # none | layers: keep what enters a layer, compute the rest again in backward
     kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0
-    out_dir: str = ""  # "": out/NAME of the config file
+    out_dir: str = ""  # "": out/NAME of the config file; a run that is there already is moved to out/NAME.1
     resume: bool = False  # go on from the newest whole checkpoint of out_dir
     save_every: int = 100  # steps; 0: only at the end and on Ctrl-C
+    save_failure: str = "warn"  # a checkpoint that cannot be written: warn and go on to the next | stop
     keep: int = 2  # checkpoints kept; 0: all
     rollouts_every: int = 10  # steps between rollouts/ files; 0: none
     show_every: int = 10  # steps between samples printed; 0: none
@@ -171,6 +172,8 @@ def load(argv: list[str]) -> Config:
         values = read(words[0])
         name = os.path.splitext(os.path.basename(words[0]))[0]
         values.setdefault("out_dir", os.path.join("out", name))
+    else:
+        values["out_dir"] = os.path.join("out", "run")
     flags = read_flags(argv, values.get("objective"))
     if (
         "model" in flags
@@ -301,6 +304,7 @@ CHOICES = dict(
     schedule=("constant", "cosine", "linear"),
     wandb=("", "online", "offline"),
     sandbox=("auto", "strict"),
+    save_failure=("warn", "stop"),
 )
 AT_LEAST = dict(
     prompts_per_step=1, group_size=1, micro_tokens=0, max_new_tokens=1, temperature=0, top_k=0, steps=0,

@@ -8,7 +8,6 @@ for what a step does not have.
 Dims: B prompts a step, G completions a prompt, N = B * G rows, R rewards.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -138,25 +137,49 @@ class Log:
         self.active = rank() == 0
         if not self.active:
             return
-        keys = {k: str(v) if k == "rewards" else v for k, v in dataclasses.asdict(cfg).items()}
-        about = json.dumps(dict(config=keys, **versions()), indent=2, default=str)
-        (run.out / "config.json").write_text(about)
-        path = run.out / "metrics.jsonl"
+        about = dict(run=run.id, config=run.keys, **versions())
+        (run.out / "config.json").write_text(json.dumps(about, indent=2, default=str))
+        self.path = run.out / "metrics.jsonl"
         if run.resumed:
-            checkpoint.truncate_metrics(path, run.state["step"])
-        self.file = open(path, "a" if run.resumed else "w")
+            checkpoint.truncate_metrics(self.path, run.state["step"])
+        self.file = open(self.path, "a" if run.resumed else "w")
+        self.identity = run.id if self.file.tell() == 0 else None  # goes into the first row
         self.wandb = None
         if cfg.wandb:
             import wandb
 
             where = dict(project=cfg.wandb_project, name=run.out.name, dir=str(run.out))
-            self.wandb = wandb.init(mode=cfg.wandb, config=keys, **where)
+            self.wandb = wandb.init(mode=cfg.wandb, config=run.keys, **where)
+
+    def row(self, step: int) -> dict | None:
+        """The row of a step, or None where there is none."""
+        for text in self.path.read_text().splitlines():
+            row = json.loads(text)
+            if row["step"] == step:
+                return row
+        return None
+
+    def has_evaluation(self, step: int) -> bool:
+        row = self.row(step) if self.active else None
+        return row is not None and "eval/strict" in row
+
+    def add(self, step: int, metrics: dict):
+        """Adds metrics to the last row, which is that of `step`, or writes a row of them."""
+        if not self.active:
+            return
+        row = self.row(step) or dict(step=step)
+        self.file.close()
+        checkpoint.truncate_metrics(self.path, step - 1)
+        self.file = open(self.path, "a")
+        self.write(row | metrics)
 
     def write(self, metrics: dict):
         """One row. What is not finite becomes null: JSON has no NaN."""
         if not self.active:
             return
         row = {}
+        if self.identity:
+            row["run"], self.identity = self.identity, None
         for key, value in metrics.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             row[key] = value if finite else None

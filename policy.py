@@ -34,16 +34,26 @@ def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=to
         model = models.create(config, seed=seed, dtype=dtype, device=device)
         return model, tokenizer, [tokenizer.eos_token_id], ""
 
-    if os.path.exists(os.path.join(path, "adapter_config.json")):
-        adapter, path = adapter or path, lora.read_config(path)["base_model_name_or_path"]
     from transformers import AutoTokenizer  # here, because importing transformers takes seconds
 
-    folder = models.find_checkpoint(path)
+    folder, its_adapter, path = find_model(path)
+    adapter = adapter or its_adapter
     model = models.load(folder, dtype=dtype, device=device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if adapter:
         lora.load_adapter(model, adapter)
     return model, tokenizer, data.stop_ids(tokenizer, folder), path
+
+
+def find_model(path: str) -> tuple[str, str, str]:
+    """(checkpoint folder, adapter folder or "", path of the base) of a model's or adapter's folder or hub id.
+
+    Downloads what is not there. Raises ValueError where there is no such model.
+    """
+    adapter = ""
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        adapter, path = path, lora.read_config(path)["base_model_name_or_path"]
+    return models.find_checkpoint(path), adapter, path
 
 
 def save_policy(model, tokenizer, stop_ids, folder, *, base):
@@ -65,7 +75,8 @@ def pick_device(device: str, dtype: str, threads: int = 0) -> tuple[str, torch.d
 
     "auto" is bf16 on a GPU and fp32 on a CPU: most CPUs have no bf16 and emulate it 50 times slower.
     """
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():

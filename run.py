@@ -9,6 +9,7 @@ each of them from what the start left on the disk, not from what training has ma
 
 import contextlib
 import copy
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -23,22 +24,10 @@ import loss
 import optim
 import ranks
 import rewards as rewarding
+import rundir
 import warmup
-from policy import load_policy, pick_device, save_policy
+from policy import find_model, load_policy, pick_device, save_policy
 from rollout import Sampler
-
-# Keys that say which weights a checkpoint holds: a resumed run must have the same.
-IDENTITY = (
-    "model",
-    "scratch",
-    "alphabet",
-    "adapter",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "seed",
-    "sft_steps",
-)
 
 
 class Run:
@@ -50,7 +39,6 @@ class Run:
         self.kernels = kernels.use(cfg.kernels)
         self.device = ranks.start(device)
         refuse_uneven_ranks(cfg)
-        checkpoint.writable(cfg.out_dir)
         self.rewards = rewarding.resolve(cfg.rewards)
         rewarding.check_sandbox(self.rewards, cfg.sandbox)
         self.task = data.load_task(cfg.task, **configs.task_options(cfg))
@@ -60,10 +48,18 @@ class Run:
         # One home for all that lasts from step to step: saved and restored as it stands, and replaced at one
         # point, when a step is complete (train.py). `advantage` is whatever an advantage function keeps.
         self.state = dict(step=0, num_tokens=0, advantage={})
+        self.whole = True  # whether the weights are those of state["step"], and not in the middle of a step
         self.checked = False  # whether sampler and trainer have been compared
-        self.identity = {key: getattr(cfg, key) for key in IDENTITY}
-        self.resumed, moments = self.find_checkpoint()  # before minutes of loading: is it this run's?
-        self.load_models()
+        self.keys = rundir.plain(dataclasses.asdict(cfg))
+        self.identity = {key: self.keys[key] for key in rundir.IDENTITY}
+        with ranks.together():  # before minutes of loading: is there a checkpoint, and is it this run's?
+            self.id, self.resumed, moments, changed = self.find_checkpoint()
+            if cfg.scratch is None:
+                find_model(cfg.model)  # before a folder is moved: is there a model at all?
+        self.claim_folder(changed)
+        with ranks.together():
+            self.load_models()
+        ranks.share_from_first(self.model.state_dict().values())
         self.model.checkpointing = cfg.checkpointing == "layers"
         self.merges = merges_adapters(cfg, self.model)
         self.weights_changed()
@@ -79,18 +75,49 @@ class Run:
             self.optimizer.load_state(moments)
 
     def find_checkpoint(self):
-        """(folder, optimiser state) of the checkpoint to resume from, whose state is
-        taken over; (None, None) for none.
+        """(identity, folder, optimiser state, keys that have changed) of the run to go on with.
+
+        The state of its newest checkpoint is taken over. None, None, None, [] for a run that starts.
         """
-        folder = checkpoint.newest(self.out) if self.cfg.resume else None
-        if folder is None:
-            if self.cfg.resume:
-                ranks.say(f"nothing to resume in {self.cfg.out_dir}: starting from the beginning")
-            return None, None
-        moments, stored = checkpoint.load_state(folder)
-        checkpoint.check_same_run(stored, self.identity)
+        if not self.cfg.resume:
+            return None, None, None, []
+        before = rundir.read(self.out)
+        changed = rundir.check_resumable(before.get("config", {}), self.keys, self.out)
+        found = checkpoint.newest(self.out, before.get("run"))
+        if found is None:
+            if checkpoint.has_any(self.out):
+                raise ValueError(
+                    f"no checkpoint in {self.out / 'ckpt'} is whole and of this run, so there is nothing to "
+                    "resume: to begin anew, leave out --resume, and what is there is moved aside"
+                )
+            ranks.say(f"nothing to resume in {self.cfg.out_dir}: starting from the beginning")
+            return before.get("run"), None, None, changed
+        moments, stored = checkpoint.load_state(found)
+        known = stored.get("model", {})
+        if known:  # a checkpoint of an older version knows fewer keys
+            checkpoint.check_same_run(
+                stored, {key: self.identity[key] for key in known if key in self.identity}
+            )
         self.state |= {key: stored[key] for key in self.state if key in stored}
-        return folder, moments
+        return before.get("run") or stored.get("run"), found, moments, changed
+
+    def claim_folder(self, changed: list[str]):
+        """Makes the folder this run's, and says what was found there. An earlier run's is moved aside."""
+        moved = None
+        with ranks.together():
+            if ranks.rank() == 0 and self.id is None:
+                if self.cfg.resume:
+                    checkpoint.writable(self.out)
+                    self.id = rundir.new_identity()
+                else:
+                    self.id, moved = rundir.claim(self.out)
+        self.id = ranks.gather(self.id)[0]
+        if moved:
+            ranks.say(f"{self.out} held an earlier run, which is now {moved}")
+        if self.resumed:
+            ranks.say(f"resumed from step {self.state['step']}: {self.resumed}")
+        if changed:
+            ranks.say(f"changed since the run was started: {', '.join(changed)}")
 
     def load_models(self):
         """The policy as it stands now, and the reference as it stood at the start."""
@@ -214,7 +241,8 @@ class Run:
 
     def save(self) -> Path:
         """Writes ckpt/step_NNNNNN, whole or not at all."""
-        state = {key: value for key, value in self.state.items() if key != "step"} | dict(model=self.identity)
+        state = {key: value for key, value in self.state.items() if key != "step"}
+        state |= dict(model=self.identity, run=self.id)
         moments = self.optimizer.state()
         return checkpoint.save(
             self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
@@ -245,14 +273,10 @@ def merges_adapters(cfg, model) -> bool:
 
 
 def refuse_uneven_ranks(cfg):
-    share = ranks.world() * cfg.minibatches
-    if ranks.world() > 1 and cfg.prompts_per_step % share:
-        sentence = (
+    if cfg.prompts_per_step % ranks.world():
+        raise ValueError(
             f"prompts_per_step = {cfg.prompts_per_step} does not divide among {ranks.world()} processes"
         )
-        if cfg.minibatches > 1:
-            sentence += f" and {cfg.minibatches} minibatches"
-        raise ValueError(sentence)
 
 
 def advantage_function(cfg):

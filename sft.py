@@ -2,21 +2,26 @@
 
     python sft.py configs/arithmetic.py
 
-Writes the warmed-up model to out/NAME/start.
+Writes the warmed-up model to out/NAME_sft, a folder of its own, since out/NAME is a run's; or to --out_dir. A
+folder that is used already is moved aside.
 """
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 import config as configs
 import data
+import rundir
 from policy import load_policy, pick_device, save_policy
 from warmup import warm_up
 
 
-def main(cfg):
+def main(cfg, folder=None):
+    """folder: where the model goes; None: beside cfg.out_dir."""
+    folder = folder or cfg.out_dir + "_sft"
     if not cfg.sft_steps:
         raise ValueError("the config has sft_steps = 0: there is no warm-up to do; give --sft_steps=N")
     device, dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
@@ -27,13 +32,16 @@ def main(cfg):
     )
     task = data.load_task(cfg.task, **configs.task_options(cfg))
     warm_up(model, tokenizer, task, stop_id=stop_ids[0], **configs.warm_up_options(cfg))
-    folder = os.path.join(cfg.out_dir, "start")
+    if os.path.exists(os.path.join(folder, "config.json")):
+        print(f"{folder} held an earlier model, which is now {rundir.move_aside(Path(folder))}")
     save_policy(model, tokenizer, stop_ids, folder, base=base)
     print(f"saved {folder}")
 
 
 if __name__ == "__main__":
     try:
-        main(configs.load(sys.argv[1:]))
+        config = configs.load(sys.argv[1:])
+        asked = any(word.startswith("--out_dir=") for word in sys.argv[1:])
+        main(config, config.out_dir if asked else None)
     except ValueError as e:
         sys.exit(f"sft.py: {e}")

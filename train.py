@@ -24,6 +24,7 @@ import time
 import numpy as np
 import torch
 
+import checkpoint
 import config as configs
 import data
 import optim
@@ -60,13 +61,7 @@ EXTRA_PROMPTS = 7_919
 
 
 class Stop(Exception):
-    """The run cannot go on, for the reason given. save: what was learnt before this
-    step is whole and can be saved.
-    """
-
-    def __init__(self, reason, save=True):
-        super().__init__(reason)
-        self.save = save
+    """The run cannot go on, for the reason given."""
 
 
 def begin_step(run, number: int) -> Step:
@@ -109,7 +104,8 @@ def train_step(run, number: int) -> dict:
 
     # Sample G completions of each prompt and score them. Every rank works on its own prompts, and from here
     # on every rank knows all rewards: a baseline, a scale or a mean may need them.
-    batch = sample_and_score(run, step, step.rows, step.numbers)
+    with ranks.together():  # a reward that fails on one rank stops all of them
+        batch = sample_and_score(run, step, step.rows, step.numbers)
     step.drawn = step.scores = gather_scores(batch)
     if number == 1 and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
@@ -125,15 +121,16 @@ def train_step(run, number: int) -> dict:
     metrics = learn(run, step, batch)
 
     # The step is complete. From here on it counts: this is the one place where the run's state changes.
-    counts = gather((step.tokens_drawn, step.tokens_read, step.resampled))
-    drawn, read, resampled = [sum(of_ranks) for of_ranks in zip(*counts)]
+    counts = gather((step.tokens_drawn, step.tokens_read))
+    drawn, read = [sum(of_ranks) for of_ranks in zip(*counts)]
     num_tokens = run.state["num_tokens"] + drawn + read
     run.state = dict(step=number, num_tokens=num_tokens, advantage=advantage_state)
     run.sync_reference(number)
+    run.whole = True
 
     # All below is for people: it changes nothing that is learnt.
     epoch = run.task.epoch(number, cfg.prompts_per_step)
-    metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=resampled)
+    metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
     metrics |= reward_metrics(step.drawn, run.rewards)
     metrics |= length_metrics(step.drawn.lengths, step.drawn.stopped)
     metrics |= step.timer.metrics(drawn)
@@ -199,29 +196,40 @@ def score_rows(run, step, rows, ids):
 def resample(run, step, batch):
     """Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): new prompts for groups without signal.
 
-    Each round replaces at most the groups that are still flat; what is flat again stays as it was first.
-    The extra prompts are a stream of their own, a function of (seed, step, rank), so a resumed run and the
-    next step's own prompts are the same with and without them.
+    The extra prompts are a stream of their own, a function of (seed, step). In each round every group that is
+    flat, in the order of their numbers over all ranks, gets the next of them, which the group's rank samples;
+    what is flat again stays as it was. So the same prompts are used on any number of ranks.
     """
     cfg, G = run.cfg, run.cfg.group_size
-    budget = (cfg.resample_budget or cfg.prompts_per_step) // world()
-    extra = run.task.batch(step.number - 1, budget * world(), cfg.seed + EXTRA_PROMPTS)[rank() :: world()]
+    budget = cfg.resample_budget or cfg.prompts_per_step
+    extra = run.task.batch(step.number - 1, budget, cfg.seed + EXTRA_PROMPTS)
     # In rounds, because a new group may be flat again; `budget` bounds what a step can cost.
     while step.resampled < budget:
         # By the spread of their rewards, not their mean: rewards need not be 0 and 1.
-        flat = flat_groups(batch.reward.reshape(-1, G))
+        mine = [step.numbers[b] for b in flat_groups(batch.reward.reshape(-1, G))]
+        flat = sorted(number for of_rank in gather(mine) for number in of_rank)
+        flat = flat[: budget - step.resampled]
         if not flat:
             break
-        # Their numbers follow those of the step's own prompts, so no two completions share random numbers.
-        rows = extra[step.resampled : step.resampled + len(flat)]
-        used = range(step.resampled, step.resampled + len(rows))
-        numbers = [cfg.prompts_per_step + rank() + world() * i for i in used]
-        new = sample_and_score(run, step, rows, numbers)
-        flat_again = flat_groups(new.reward.reshape(-1, G))
-        with_signal = [i for i in range(len(rows)) if i not in flat_again]
-        for b, i in zip(flat, with_signal):
+        place = {number: step.resampled + i for i, number in enumerate(flat)}  # in `extra`
+        groups = [b for b, number in enumerate(step.numbers) if number in place]
+        places = [place[step.numbers[b]] for b in groups]
+        with ranks.together():
+            replace_groups(run, step, batch, groups, [extra[i] for i in places], places)
+        step.resampled += len(flat)
+
+
+def replace_groups(run, step, batch, groups, rows, places):
+    """Samples these rows, and puts those with a spread of rewards in the place of the batch's `groups`."""
+    if not groups:
+        return
+    # Their numbers follow those of the step's own prompts, so no two completions share random numbers.
+    numbers = [run.cfg.prompts_per_step + i for i in places]
+    new = sample_and_score(run, step, rows, numbers)
+    flat_again = flat_groups(new.reward.reshape(-1, run.cfg.group_size))
+    for i, b in enumerate(groups):
+        if i not in flat_again:
             batch.replace_group(b, new, i)
-        step.resampled += len(rows)
 
 
 def advantages_of(run, step):
@@ -254,8 +262,10 @@ def learn(run, step, batch) -> dict:
     # tokens is one division at the end.
     total, grad_norms = {}, []
     for i in range(updates):
-        # Whole groups, since a group shares its prompt; each is in one minibatch of every epoch.
-        groups = range(len(batch.prompts))[i % cfg.minibatches :: cfg.minibatches]
+        # Whole groups, since a group shares its prompt; each is in one minibatch of every epoch. By their
+        # numbers in the step, so that minibatches do not depend on how many ranks there are.
+        part = i % cfg.minibatches
+        groups = [b for b, number in enumerate(step.numbers) if number % cfg.minibatches == part]
         stats, grad_norm = update(run, step, batch, groups, first=i == 0)
         if i == 0:
             first = stats
@@ -316,29 +326,12 @@ def update(run, step, batch, groups, first: bool):
 
     first: nothing of this step has been learnt yet.
     """
-    cfg, model, stats = run.cfg, run.model, {}
+    cfg = run.cfg
     # One divisor for the whole update, over all ranks. Dividing by a micro-batch's own count would make the
     # gradient depend on how the step is cut.
     objective = run.objective | dict(norm=step_normaliser(cfg, batch, groups))
-    for numbers, prompts, completions in micro_batches(batch, groups, run.micro_tokens):
-        tokens = batch.tokens(numbers, model.device)  # old_logp, adv, rows, .. of its T tokens
-        with step.timer("reference"):
-            tokens.ref_logp, exact_reference = look_up_reference(run, step, prompts, completions)
-        with step.timer("train"):
-            model.train()
-            # A group's prompt stands once in the packed stream; gradients of all its completions flow into
-            # it.
-            hidden, targets = model.completion_hidden(prompts, completions)  # (T, D), (T,)
-            loss, entropy, sums = policy_head(
-                hidden, model.head, targets, tokens, objective, reference=exact_reference, **step.sampling
-            )
-            if not torch.isfinite(loss.detach()):
-                refuse_loss(run, step, loss, prompts, completions, tokens, save=first)
-            loss.backward()  # gradients add up over micro-batches
-        # Sums and not means, so that micro-batches, and ranks later, may be added up in any grouping.
-        stats = add_stats(stats, sums)
-        for n, row in zip(numbers, entropy.split(tokens.lengths.tolist())):
-            batch.entropies.setdefault(n, row)
+    with ranks.together():
+        stats = accumulate_gradients(run, step, batch, groups, objective)
 
     # Before anything is learnt from it: is the trainer the model that the sampler drew from?
     stats = sum_stats(stats)
@@ -348,13 +341,36 @@ def update(run, step, batch, groups, first: bool):
     with step.timer("train"):
         # A sum and not a mean: the divisor is that of all ranks already.
         ranks.sum_over_ranks(run.optimizer.grads())
-        try:
-            grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
-        except FloatingPointError as e:
-            raise Stop(str(e), save=first) from e
+        grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
+        run.whole = False  # until the step is complete
         run.optimizer.zero_grad()
         run.weights_changed()
     return stats, grad_norm
+
+
+def accumulate_gradients(run, step, batch, groups, objective) -> dict:
+    """Forward, loss and backward of the rows of these groups. Returns policy_loss's sums on this rank."""
+    model, stats = run.model, {}
+    for numbers, prompts, completions in micro_batches(batch, groups, run.micro_tokens):
+        tokens = batch.tokens(numbers, model.device)  # old_logp, adv, rows, .. of its T tokens
+        with step.timer("reference"):
+            tokens.ref_logp, exact_reference = look_up_reference(run, step, prompts, completions)
+        with step.timer("train"):
+            model.train()
+            # A group's prompt stands once in the packed stream; the gradients of all its completions flow
+            # into it.
+            hidden, targets = model.completion_hidden(prompts, completions)  # (T, D), (T,)
+            loss, entropy, sums = policy_head(
+                hidden, model.head, targets, tokens, objective, reference=exact_reference, **step.sampling
+            )
+            if not torch.isfinite(loss.detach()):
+                refuse_loss(run, step, loss, prompts, completions, tokens)
+            loss.backward()  # gradients add up over micro-batches
+        # Sums and not means, so that micro-batches, and ranks later, may be added up in any grouping.
+        stats = add_stats(stats, sums)
+        for n, row in zip(numbers, entropy.split(tokens.lengths.tolist())):
+            batch.entropies.setdefault(n, row)
+    return stats
 
 
 def step_normaliser(cfg, batch, groups) -> float:
@@ -439,13 +455,11 @@ def check_mismatch(run, step, stats):
         )
 
 
-def refuse_loss(run, step, loss, prompts, completions, tokens, save: bool):
+def refuse_loss(run, step, loss, prompts, completions, tokens):
     """Keeps the micro-batch whose loss is not finite, and stops."""
     path = run.out / "bad_batch.pt"
     torch.save(dict(prompts=prompts, completions=completions, tokens=tokens.arguments()), path)
-    raise Stop(
-        f"the loss is {loss.item()} at step {step.number}; the micro-batch that made it is in {path}", save
-    )
+    raise Stop(f"the loss is {loss.item()} at step {step.number}; the micro-batch that made it is in {path}")
 
 
 # --------------------------------------------------------------------------------------------- the run
@@ -470,42 +484,54 @@ class Interrupt:
 
 
 def evaluate_now(run, interrupt) -> tuple[dict, list]:
-    """Held-out problems, on rank 0 while the others wait: (metrics, texts), both empty if it was
-    interrupted.
-    """
+    """Held-out problems, on rank 0 while the others wait: (metrics, texts), both empty if interrupted."""
     metrics, texts = {}, []
     run.model.eval()  # no LoRA dropout
-    if rank() == 0:
-        rows = run.task.eval[: run.cfg.eval_problems]
-        options = configs.evaluation_options(run.cfg)
-        metrics, texts = evaluate(
-            run.sampler,
-            run.tokenizer,
-            rows,
-            run.rewards,
-            stop_ids=run.stop_ids,
-            stop=lambda: interrupt.asked,
-            **options,
-        )
-    ranks.wait_for_all()
+    with ranks.together():
+        if rank() == 0:
+            rows = run.task.eval[: run.cfg.eval_problems]
+            options = configs.evaluation_options(run.cfg)
+            metrics, texts = evaluate(
+                run.sampler,
+                run.tokenizer,
+                rows,
+                run.rewards,
+                stop_ids=run.stop_ids,
+                stop=lambda: interrupt.asked,
+                **options,
+            )
     return metrics, texts
+
+
+def evaluate_missing(run, log, interrupt) -> tuple[dict, list] | None:
+    """The evaluation of the step that the run stands at, where one is due and metrics.jsonl has none.
+
+    That is the one before training, or one that was interrupted. Returns it, or None if nothing was due.
+    """
+    cfg, number = run.cfg, run.state["step"]
+    is_due = due(number, cfg.eval_every, cfg.steps) or (number == 0 and cfg.eval_every > 0)
+    done = gather(log.has_evaluation(number))[0]  # rank 0 has the file
+    if done or not is_due:
+        return None
+    found = evaluate_now(run, interrupt)
+    if found[0]:
+        say(f"{'before:' if number == 0 else '      ='} {summary(found[0])}")
+        log.add(number, found[0])
+    return found
 
 
 def main(cfg) -> int:
     run = Run(cfg)  # model, task, rewards, optimiser; where the run is resumed, as the checkpoint has them
     log, interrupt = Log(run), Interrupt()
     header(run)
-    before = after = None
-    if cfg.eval_every and not run.resumed:
-        before = evaluate_now(run, interrupt)
-        if before[0]:
-            say(f"before: {summary(before[0])}")
-            log.write(dict(step=0) | before[0])
-    say(line(run))
-
     first = run.state["step"] + 1
     started = time.perf_counter()
     try:
+        after = evaluate_missing(run, log, interrupt)
+        before = after if first == 1 else None
+        if first > cfg.steps:
+            say(f"already done: step {first - 1} of steps={cfg.steps}; a larger --steps goes on")
+        say(line(run))
         for number in range(first, cfg.steps + 1):
             # Between two steps everything is whole, so this is where a run can be left.
             if interrupt.on_any_rank():
@@ -521,14 +547,12 @@ def main(cfg) -> int:
             # The row is written before the checkpoint: a run that dies between the two and is resumed makes
             # the step again, and its row replaces this one.
             log.write(metrics)
-            if rank() == 0 and (due(number, cfg.save_every, cfg.steps) or number == cfg.steps):
-                run.save()
-    except (Stop, rewarding.RewardError, FloatingPointError, ValueError) as e:
-        # These come before a step's first update, so weights and state are those of the step before; only a
-        # Stop in a later update of a step is not, and says so.
+            if due(number, cfg.save_every, cfg.steps) or number == cfg.steps:
+                save_or_say(run)
+    except (Stop, rewarding.RewardError, FloatingPointError, ValueError, ranks.RankLost, OSError) as e:
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
             raise  # a config that cannot run at all: there is nothing to save
-        return stop(run, str(e), save=getattr(e, "save", True))
+        return stop(run, str(e))
     finish(run, before, after)
     return 0
 
@@ -537,20 +561,49 @@ def due(number: int, every: int, last: int) -> bool:
     return every > 0 and (number % every == 0 or number == last)
 
 
-def stop(run, reason: str, save: bool = True) -> int:
+def save_or_say(run):
+    """Saves on rank 0. Where the disk does not let it: says so, and goes on to the next save or stops."""
+    with ranks.together():
+        if rank() != 0:
+            return
+        try:
+            run.save()
+        except OSError as e:
+            number, place = run.state["step"], run.out / "ckpt"
+            sentence = f"step {number} could not be saved in {place}: {reason_of(e)}; {safe(run)}"
+            if run.cfg.save_failure == "stop":
+                raise Stop(sentence) from e
+            say(f"{sentence}; going on to the next save")
+
+
+def stop(run, reason: str) -> int:
     """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status."""
     saved = "nothing saved, since this step is half learnt: the last checkpoint stands"
-    if save:
-        saved = f"saved {run.save() if rank() == 0 else ''}"
+    if run.whole:
+        try:
+            saved = f"saved {run.save() if rank() == 0 else ''}"
+        except OSError as e:
+            saved = f"not saved ({reason_of(e)}); {safe(run)}"
     flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
     say(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True")
+    ranks.tell_launcher(f"{reason}; {saved}" if rank() == 0 else reason)
     return 1
+
+
+def reason_of(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def safe(run) -> str:
+    """What is on the disk, for a person whose save has just failed."""
+    found = checkpoint.newest(run.out, run.id)
+    return f"{found} is safe" if found else "there is no earlier checkpoint"
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(configs.load(sys.argv[1:])))
-    except (ValueError, rewarding.RewardError) as e:
-        sys.exit(f"train.py: {e}")
+    except (ValueError, rewarding.RewardError, ranks.RankLost) as e:
+        ranks.leave(f"train.py: {e}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped at once; the last checkpoint stands, go on from it with --resume=True")

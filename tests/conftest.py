@@ -122,8 +122,8 @@ def rows(path: Path) -> list[dict]:
 
 
 def untimed(metrics: dict) -> dict:
-    """Metrics without those that a clock or the machine's memory decides."""
-    clocks = ("time/", "tokens_per_second/", "memory/", "step_time")
+    """Metrics without the run's name, and those that a clock or the machine's memory decides."""
+    clocks = ("run", "time/", "tokens_per_second/", "memory/", "step_time")
     return {key: value for key, value in metrics.items() if not key.startswith(clocks)}
 
 

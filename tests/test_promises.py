@@ -287,7 +287,6 @@ def test_13_a_folder_holds_one_run(tmp_path):
     assert sorted(p.name for p in (Path(first.out_dir) / "ckpt").iterdir()) == ["step_000002"]
 
 
-@pytest.mark.xfail(strict=True, reason="a used out_dir is not moved aside yet: the next run writes over it")
 def test_13_a_used_folder_is_moved_aside(tmp_path):
     first = settings(tmp_path, steps=2)
     train.main(first)

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "ranks": set(),
     "shape": set(),
     "cache": set(),
+    "rundir": {"checkpoint"},
     # a model, and sampling from it
     "packing": set(),
     "model": {"packing", "shape"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"rollout", "warmup"}
+MAY_IMPORT["run"] |= {"rollout", "rundir", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
