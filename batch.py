@@ -16,9 +16,14 @@ import numpy as np
 import torch
 
 import model as models
+from kernels.sample import token_keys
 from loss import Tokens
 from ranks import gather
 from rollout import Rollout
+
+
+# Added to the seed for LoRA's dropout, so that its random bits are not those of the draws.
+DROPOUT = 15_485_863
 
 
 class Timer:
@@ -56,6 +61,7 @@ class Scores:
     rewards: torch.Tensor  # (B, G) float64, their weighted sum
     lengths: list[int]  # N, tokens
     stopped: list[bool]  # N, ended by a stop id; False: cut by the length limit
+    entropy: list[float]  # N, nats, the sum over the row's tokens, of the distributions they were drawn from
 
 
 @dataclass
@@ -63,6 +69,7 @@ class Step:
     """The record of a step, made at its start. Sampler, trainer, advantages and log all read it."""
 
     number: int  # from 1, as metrics.jsonl counts; draws are keyed by it
+    group_size: int  # G
     rows: list[dict]  # this rank's share of the step's prompts, as the task gives them
     numbers: list[int]  # their numbers among all prompts of the step, which draws are keyed by
     sampling: dict  # temperature, top_k, top_p, min_p: of the sampler and of the trainer
@@ -130,7 +137,8 @@ def gather_scores(batch) -> Scores:
     """The scores of all ranks. A mean is then a ratio of two sums over the whole step."""
     G, lengths = batch.group_size, [len(ids) for ids in batch.out.ids]
     prompts = [row["prompt"] for row in batch.rows]
-    mine = Scores(prompts, batch.parts.copy(), batch.reward.copy(), lengths, list(batch.out.stopped))
+    entropy = [sum(row) for row in batch.out.entropies]
+    mine = Scores(prompts, batch.parts.copy(), batch.reward.copy(), lengths, list(batch.out.stopped), entropy)
     everyone = gather(mine)
     parts = torch.from_numpy(np.concatenate([scores.parts for scores in everyone]))  # (N, R)
     rewards = torch.from_numpy(np.concatenate([scores.rewards for scores in everyone]))  # (N,)
@@ -140,6 +148,7 @@ def gather_scores(batch) -> Scores:
         rewards=rewards.view(-1, G),
         lengths=[length for scores in everyone for length in scores.lengths],
         stopped=[stopped for scores in everyone for stopped in scores.stopped],
+        entropy=[entropy for scores in everyone for entropy in scores.entropy],
     )
 
 
@@ -158,6 +167,27 @@ def micro_batches(batch, groups, micro_tokens: int):
     for cut in models.micro_batches(batch.prompts, completions, micro_tokens):
         numbers = [b * G + g for b, members in cut for g in members]
         yield numbers, [batch.prompts[b] for b, _ in cut], [[completions[b][g] for g in gs] for b, gs in cut]
+
+
+def stream_keys(seed: int, step, numbers: list[int], prompts, completions):
+    """64 random bits (T,) int64 for each token of the packed stream of a micro-batch, for LoRA's dropout.
+
+    They are a function of (seed, step, the prompt's number, sample, position). Arguments as `micro_batches`
+    yields them. The stream is that of packing.py: prompt, then its completions without their last token.
+    """
+    prompt_numbers, samples, positions = [], [], []
+    rows, G = iter(numbers), step.group_size
+    for prompt, group in zip(prompts, completions):
+        members = [next(rows) for _ in group]
+        number = step.numbers[members[0] // G]
+        parts = [(0, 0, len(prompt))]  # (sample, first position, tokens); 0 is the prompt, which all read
+        parts += [(1 + n % G, len(prompt), len(ids) - 1) for n, ids in zip(members, group)]
+        for sample, first, tokens in parts:
+            prompt_numbers += [number] * tokens
+            samples += [sample] * tokens
+            positions += range(first, first + tokens)
+    where = [torch.tensor(x) for x in (prompt_numbers, samples, positions)]
+    return token_keys(seed + DROPOUT, step.number, *where)
 
 
 def share_of_useful_tokens(batch) -> float:

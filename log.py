@@ -30,9 +30,11 @@ from ranks import rank, say, world
 
 # --------------------------------------------------------------------------------------------- metrics
 def reward_metrics(scores, rewards) -> dict:
-    """scores: batch.Scores of all ranks; rewards: [(label, function, weight)].
+    """scores: batch.Scores of all ranks; rewards: [(label, function, weight)], with the step's weights.
 
-    reward_failures: completions that a reward with a weight could not score, also where others could.
+    reward_std is over all rewards of the step and reward_spread the mean of the groups', both with ddof 1, as
+    TRL's stds are. reward_failures: completions that a reward with a weight could not score, also where
+    others could.
     """
     spread = []
     for group in scores.rewards:
@@ -41,23 +43,26 @@ def reward_metrics(scores, rewards) -> dict:
     flat = rewarding.flat_groups(scores.rewards)
     parts = scores.parts.reshape(-1, len(rewards)).numpy()  # (N, R)
     counted = [weight != 0 for _, _, weight in rewards]
+    every = scores.rewards[~scores.rewards.isnan()]
     m = {
         "reward": float(scores.rewards.nanmean()),
-        "reward_std": sum(spread) / len(spread),
+        "reward_std": float(every.std()) if len(every) > 1 else 0.0,
+        "reward_spread": sum(spread) / len(spread),
         "frac_reward_zero_std": len(flat) / len(scores.rewards),
         "reward_failures": int(np.isnan(parts[:, counted]).any(1).sum()),
     }
     for i, (label, _, _) in enumerate(rewards):
         known = parts[:, i][~np.isnan(parts[:, i])]
         m[f"rewards/{label}/mean"] = float(known.mean()) if len(known) else None
-        m[f"rewards/{label}/std"] = float(known.std()) if len(known) else None
+        m[f"rewards/{label}/std"] = float(known.std(ddof=1)) if len(known) > 1 else None
     return m
 
 
-def length_metrics(lengths, stopped) -> dict:
-    """lengths: N, tokens; stopped: N, ended by a stop id."""
+def completion_metrics(scores) -> dict:
+    """Lengths and entropy of the N completions in batch.Scores. entropy: mean over all tokens, nats."""
+    lengths, stopped = scores.lengths, scores.stopped
     terminated = [length for length, ended in zip(lengths, stopped) if ended] or [0]
-    m = {}
+    m = {"entropy": sum(scores.entropy) / sum(lengths)}
     for name, function in (("mean", np.mean), ("min", min), ("max", max)):
         m[f"completions/{name}_length"] = float(function(lengths))
         m[f"completions/{name}_terminated_length"] = float(function(terminated))
@@ -76,7 +81,6 @@ def loss_metrics(stats: dict, difference: float) -> dict:
     m = {
         "loss": stats["loss"],
         "policy_loss": stats["policy_loss"],
-        "entropy": stats["entropy"] / n,
         "clip_ratio/low_mean": stats["clip_low"] / n,
         "clip_ratio/high_mean": stats["clip_high"] / n,
         "clip_ratio/region_mean": stats["clip_region"] / n,
@@ -270,7 +274,7 @@ def memory_plan(run, prompt_tokens: int) -> str:
 
 COLUMNS = [  # heading, metric, format
     ("reward", "reward", "7.3f"),
-    ("spread", "reward_std", "7.3f"),
+    ("spread", "reward_spread", "7.3f"),
     ("kl", "kl", "8.4f"),
     ("entropy", "entropy", "7.3f"),
     ("length", "completions/mean_length", "7.1f"),

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kernels.lora_linear import lora_linear, merged_linear
+from kernels.sample import signed, splitmix
 
 # Keys of an adapter_config.json that, when set, make an adapter another function of its tensors than ours.
 UNKNOWN_KINDS = (
@@ -60,6 +61,7 @@ class LoRALinear(nn.Module):
     """Wraps a Linear of several parts and freezes it; its parts named in `targets` get an adapter."""
 
     enabled = True  # False: the layer is its base, see `disabled`
+    keys: torch.Tensor | None = None  # (T,) int64, what dropout is drawn from, see `dropout_keys`
 
     # The weight (rows, D) with the adapter added in, or None: see `merge`. Neither a parameter nor a buffer,
     # so no optimiser and no file sees it.
@@ -105,7 +107,10 @@ class LoRALinear(nn.Module):
             return merged_linear(x, self.base, self.merged, self.scale, self.rows, *thin)
         mask = None
         if self.dropout and self.training:
-            mask = F.dropout(torch.ones_like(x), self.dropout)
+            if self.keys is None:
+                mask = F.dropout(torch.ones_like(x), self.dropout)
+            else:
+                mask = keyed_mask(self.keys, x, self.dropout)
         return lora_linear(x, mask, self.base, self.scale, self.rows, *thin)
 
     @torch.no_grad()
@@ -155,6 +160,29 @@ def apply(model, *, rank, alpha, dropout=0.0, targets, seed=0):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, adapted.train(model.training))
     return model
+
+
+def keyed_mask(keys, x, p: float):
+    """Dropout's factors (T, D) for x (T, D): 0 with probability p, else 1 / (1 - p), from keys (T,) int64."""
+    u = (splitmix(keys, 0, x.shape[1]) >> 40 & (1 << 24) - 1).float() * 2.0**-24  # in [0, 1)
+    return ((u >= p) / (1 - p)).to(x.dtype)
+
+
+@contextmanager
+def dropout_keys(model, keys):
+    """Inside, the adapters' dropout is a function of keys (T,) int64: 64 random bits a token of a stream.
+
+    So a row's dropout does not depend on its place in the stream, on micro-batches or on ranks. The backward,
+    which may run layers again, belongs inside.
+    """
+    adapted = layers(model).values()
+    for i, layer in enumerate(adapted):
+        layer.keys = keys + signed(i * 0xD1B54A32D192ED03)  # another stream for each layer
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer.keys = None
 
 
 @contextmanager

@@ -494,11 +494,14 @@ class Sampler:
                 truncate_(logits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         if times > 1:
             logits = logits.repeat_interleave(times, 0)
-        entropy = None
-        if self.wants_entropy:  # a pass over the logits, which few objectives need
-            entropy = sampling.entropy(logits)
-        token, logp = sampling.greedy(logits) if self.greedy else sampling.draw(logits, key)
-        return token, logp, entropy
+        if self.greedy:
+            entropy = sampling.entropy(logits) if self.wants_entropy else None
+            return *sampling.greedy(logits), entropy
+        if self.wants_entropy:
+            if self.top_k or self.top_p < 1 or self.min_p:
+                logits.clamp_(min=-1e30)  # as good as -inf, and 0 times it is 0
+            return sampling.draw(logits, key, entropy=True)
+        return *sampling.draw(logits, key), None
 
     # ------------------------------------------------------------------------------------- after the last one
     def result(self) -> Rollout:

@@ -17,6 +17,7 @@ Dims: B prompts a step, G completions a prompt, N = B * G rows of the step, n of
 rewards; T completion tokens of a micro-batch.
 """
 
+import contextlib
 import signal
 import sys
 import time
@@ -27,18 +28,19 @@ import torch
 import checkpoint
 import config as configs
 import data
+import lora
 import optim
 import ranks
 import rewards as rewarding
-from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens
+from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
 from evaluation import evaluate, refuse_hopeless, summary
 from head import policy_head
 from kernels.logprob import any_truncation
 from log import (
     Log,
+    completion_metrics,
     finish,
     header,
-    length_metrics,
     line,
     loss_metrics,
     peak_gb,
@@ -66,9 +68,6 @@ class Stop(Exception):
 
 def begin_step(run, number: int) -> Step:
     cfg = run.cfg
-    # LoRA's dropout is the only thing that torch's generator draws. Seeded anew in each step, it does not
-    # depend on where a run was resumed.
-    torch.manual_seed(hash((cfg.seed, number - 1, rank())))
     lr = optim.learning_rate(
         number - 1, lr=cfg.lr, warmup_steps=cfg.warmup_steps, steps=cfg.steps, schedule=cfg.schedule
     )
@@ -76,6 +75,7 @@ def begin_step(run, number: int) -> Step:
     # ids on any rank and with any number of ranks.
     return Step(
         number=number,
+        group_size=cfg.group_size,
         rows=run.task.batch(number - 1, cfg.prompts_per_step, cfg.seed)[rank() :: world()],
         numbers=list(range(rank(), cfg.prompts_per_step, world())),
         sampling=configs.sampling_options(cfg, number),
@@ -131,8 +131,8 @@ def train_step(run, number: int) -> dict:
     # All below is for people: it changes nothing that is learnt.
     epoch = run.task.epoch(number, cfg.prompts_per_step)
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
-    metrics |= reward_metrics(step.drawn, run.rewards)
-    metrics |= length_metrics(step.drawn.lengths, step.drawn.stopped)
+    metrics |= reward_metrics(step.drawn, step.rewards)
+    metrics |= completion_metrics(step.drawn)
     metrics |= step.timer.metrics(drawn)
     metrics["frac_tokens_with_advantage"] = share_of_useful_tokens(batch)
     metrics["memory/peak_gb"] = peak_gb(run.device)
@@ -170,7 +170,7 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
             seed=cfg.seed,
             step=step.number,
             prompt_numbers=numbers,
-            entropy=cfg.top_entropy < 1,
+            entropy=True,
             on_group=score_group if background else None,
             **step.sampling,
         )
@@ -355,7 +355,7 @@ def accumulate_gradients(run, step, batch, groups, objective) -> dict:
         tokens = batch.tokens(numbers, model.device)  # old_logp, adv, rows, .. of its T tokens
         with step.timer("reference"):
             tokens.ref_logp, exact_reference = look_up_reference(run, step, prompts, completions)
-        with step.timer("train"):
+        with step.timer("train"), dropout_of(run, step, numbers, prompts, completions):
             model.train()
             # A group's prompt stands once in the packed stream; the gradients of all its completions flow
             # into it.
@@ -371,6 +371,14 @@ def accumulate_gradients(run, step, batch, groups, objective) -> dict:
         for n, row in zip(numbers, entropy.split(tokens.lengths.tolist())):
             batch.entropies.setdefault(n, row)
     return stats
+
+
+def dropout_of(run, step, numbers, prompts, completions):
+    """The context in which LoRA's dropout is a row's own, whatever micro-batch or rank it is in."""
+    if not run.cfg.lora_dropout:
+        return contextlib.nullcontext()
+    keys = stream_keys(run.cfg.seed, step, numbers, prompts, completions)
+    return lora.dropout_keys(run.model, keys.to(run.model.device))
 
 
 def step_normaliser(cfg, batch, groups) -> float:
