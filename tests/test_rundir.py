@@ -1,0 +1,151 @@
+"""rundir.py: a folder holds one run. Each test tells what once went wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import lora
+import rundir
+import train
+from conftest import rows, same, settings, weights
+from policy import load_policy
+
+
+def again(cfg, **keys):
+    return type(cfg)(**{**cfg.__dict__, **keys})
+
+
+def steps_of(folder):
+    return sorted(path.name for path in (Path(folder) / "ckpt").iterdir())
+
+
+def test_a_new_run_in_a_used_folder_moves_the_old_one_aside_whole(tmp_path, capsys):
+    """It emptied metrics.jsonl and kept the old checkpoints, and a resume took the older run's newest."""
+    first = settings(tmp_path, steps=4)
+    train.main(first)
+    kept = weights(tmp_path / "run" / "ckpt" / "step_000004")
+    train.main(again(first, seed=1, steps=2))
+    assert f"held an earlier run, which is now {tmp_path / 'run.1'}" in capsys.readouterr().out
+    assert steps_of(tmp_path / "run") == ["step_000002"]
+    assert same(kept, weights(tmp_path / "run.1" / "ckpt" / "step_000004"))
+    assert len(rows(tmp_path / "run.1" / "metrics.jsonl")) == 4
+    train.main(again(first, seed=2, steps=2))
+    assert (tmp_path / "run.2").is_dir()
+    # And each can be gone on with, where it is now.
+    train.main(again(first, steps=5, resume=True, out_dir=str(tmp_path / "run.1")))
+    assert rows(tmp_path / "run.1" / "metrics.jsonl")[-1]["step"] == 5
+
+
+def test_an_identity_stands_in_config_metrics_and_checkpoints_and_stays_on_resume(tmp_path):
+    cfg = settings(tmp_path, steps=2)
+    train.main(cfg)
+    train.main(again(cfg, steps=4, resume=True))
+    run = rundir.read(cfg.out_dir)["run"]
+    metrics = rows(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[0]["run"] == run and not any("run" in row for row in metrics[1:])
+    for name in steps_of(cfg.out_dir):
+        assert checkpoint.load_state(Path(cfg.out_dir) / "ckpt" / name)[1]["run"] == run
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path, capsys):
+    cfg = settings(tmp_path, steps=2)
+    other = again(cfg, seed=1, steps=4, out_dir=str(tmp_path / "other"))
+    train.main(cfg)
+    train.main(other)
+    (tmp_path / "other/ckpt/step_000004").rename(tmp_path / "run/ckpt/step_000004")
+    capsys.readouterr()
+    train.main(again(cfg, steps=3, resume=True))
+    told = capsys.readouterr().out
+    assert "is of another run and is passed over" in told and "resumed from step 2" in told
+
+
+def test_an_adapter_moved_aside_still_sits_on_its_own_start(tmp_path):
+    """The path of its base became the start of the run that came after it."""
+    keys = dict(steps=2, lora_rank=2, lora_alpha=4.0, sft_steps=2, sft_batch=4)
+    train.main(settings(tmp_path, **keys))
+    train.main(settings(tmp_path, **keys, seed=1))
+    saved = tmp_path / "run.1" / "ckpt" / "step_000002"
+    assert lora.read_config(str(saved))["base_model_name_or_path"] == str(tmp_path / "run.1" / "start")
+    assert load_policy(str(saved))[3] == str(tmp_path / "run.1" / "start")
+    assert checkpoint.newest(tmp_path / "run.1") == saved  # its manifest is that of the files as they are
+
+
+@pytest.mark.parametrize(
+    "key, value", [("sft_lr", 1e-4), ("prompts_per_step", 2), ("task_options", {"digits": 3})]
+)
+def test_what_data_and_draws_depend_on_cannot_change_on_resume(tmp_path, key, value):
+    cfg = settings(tmp_path, steps=2)
+    train.main(cfg)
+    with pytest.raises(ValueError, match=f"{key}.*go on with the same values"):
+        train.main(again(cfg, resume=True, **{key: value}))
+
+
+def test_what_may_change_is_said(tmp_path, capsys):
+    cfg = settings(tmp_path, steps=2)
+    train.main(cfg)
+    train.main(again(cfg, steps=3, lr=5e-3, resume=True))
+    assert "changed since the run was started: steps 2 -> 3, lr 0.01 -> 0.005" in capsys.readouterr().out
+    train.main(again(cfg, steps=3, lr=5e-3, resume=True))
+    assert "already done: step 3 of steps=3" in capsys.readouterr().out
+
+
+def test_with_every_checkpoint_damaged_a_resume_touches_nothing(tmp_path):
+    cfg = settings(tmp_path, steps=2)
+    train.main(cfg)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    (tmp_path / "run/ckpt/step_000002/model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        train.main(again(cfg, resume=True))
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_folder_that_we_stand_in_is_not_moved(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(dict(config={})))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="we stand in it"):
+        rundir.claim(tmp_path)
+
+
+def test_an_evaluation_that_an_interrupt_ended_is_made_up_on_resume(tmp_path, monkeypatch):
+    cfg = settings(tmp_path, steps=2, eval_every=2, eval_problems=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *_, **__: ({}, []))  # as one that was asked to stop
+        train.main(cfg)
+    assert "eval/strict" not in rows(tmp_path / "run/metrics.jsonl")[-1]
+    train.main(again(cfg, resume=True))
+    last = rows(tmp_path / "run/metrics.jsonl")[-1]
+    assert last["step"] == 2 and "eval/strict" in last and "reward" in last
+
+
+def test_stray_files_and_links_under_ckpt_break_no_save(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("x")
+    ckpt = tmp_path / "run" / "ckpt"
+    cfg = settings(tmp_path, steps=2)
+    train.main(cfg)
+    (ckpt / ".tmp-x").write_text("stray")
+    (ckpt / ".tmp-link").symlink_to(elsewhere)
+    train.main(again(cfg, steps=4, resume=True))
+    assert "step_000004" in steps_of(cfg.out_dir)
+    assert (elsewhere / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize("failure, ends", [("warn", 0), ("stop", 1)])
+def test_a_disk_that_is_full_is_said_and_leaves_no_half_save(tmp_path, monkeypatch, capsys, failure, ends):
+    cfg, full = settings(tmp_path, steps=4, save_failure=failure), []
+    save_file = checkpoint.save_file
+
+    def out_of_space(*arguments):
+        if not full:
+            full.append(1)
+            raise OSError(28, "No space left on device")
+        return save_file(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", out_of_space)
+    assert train.main(cfg) == ends
+    told = capsys.readouterr().out
+    assert "step 2 could not be saved" in told and "No space left on device" in told
+    assert not list((tmp_path / "run/ckpt").glob(".tmp*"))
