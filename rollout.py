@@ -406,6 +406,7 @@ class Sampler:
         left = max(self.limits[row] - n for row, n in zip(self.live, tokens))
         if left <= 0:
             return False
+        # No more steps than some row can use: the last block of a call is a short one.
         steps = min(self.block, left)
         # a row has drawn one token more than it has keys
         size = self.slots.run(len(self.live), steps, longest=max(tokens) - 1)

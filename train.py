@@ -211,6 +211,8 @@ def resample(run, step, batch):
         flat = flat[: budget - step.resampled]
         if not flat:
             break
+        # Which of the extra prompts each flat group gets. Every rank computes the same, and samples for the
+        # groups that are its own.
         place = {number: step.resampled + i for i, number in enumerate(flat)}  # in `extra`
         groups = [b for b, number in enumerate(step.numbers) if number in place]
         places = [place[step.numbers[b]] for b in groups]
@@ -350,6 +352,8 @@ def update(run, step, batch, groups, first: bool):
 
 def accumulate_gradients(run, step, batch, groups, objective) -> dict:
     """Forward, loss and backward of the rows of these groups. Returns policy_loss's sums on this rank."""
+    # A micro-batch is as much as fits into memory. With one divisor for the step, how it is cut changes the
+    # gradient by rounding only.
     model, stats = run.model, {}
     for numbers, prompts, completions in micro_batches(batch, groups, run.micro_tokens):
         tokens = batch.tokens(numbers, model.device)  # old_logp, adv, rows, .. of its T tokens
@@ -516,6 +520,7 @@ def evaluate_missing(run, log, interrupt) -> tuple[dict, list] | None:
 
     That is the one before training, or one that was interrupted. Returns it, or None if nothing was due.
     """
+    # metrics.jsonl says what was done: a run may have been killed, or stopped, at any point before.
     cfg, number = run.cfg, run.state["step"]
     is_due = due(number, cfg.eval_every, cfg.steps) or (number == 0 and cfg.eval_every > 0)
     done = gather(log.has_evaluation(number))[0]  # rank 0 has the file
@@ -557,6 +562,7 @@ def main(cfg) -> int:
             log.write(metrics)
             if due(number, cfg.save_every, cfg.steps) or number == cfg.steps:
                 save_or_say(run)
+    # Every rank comes here with the same error (ranks.together), and the last whole step is saved.
     except (Stop, rewarding.RewardError, FloatingPointError, ValueError, ranks.RankLost, OSError) as e:
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
             raise  # a config that cannot run at all: there is nothing to save
@@ -577,6 +583,8 @@ def save_or_say(run):
         try:
             run.save()
         except OSError as e:
+            # The weights are in memory and the run is as well as before: hours of it need not end because a
+            # disk is full for a while.
             number, place = run.state["step"], run.out / "ckpt"
             sentence = f"step {number} could not be saved in {place}: {reason_of(e)}; {safe(run)}"
             if run.cfg.save_failure == "stop":
