@@ -1,0 +1,82 @@
+"""Real runs on two processes beside the same run on one, and errors that every rank raises together."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT, even, rows, settings, weights
+from test_train import by_prompt
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+import train
+import test_ranks
+sys.exit(train.main(test_ranks.CASES[sys.argv[2]](Path(sys.argv[1]))))
+"""
+
+
+def fails_on_rank_1(completions, **_):
+    import os
+
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) == 3:
+        raise OSError("no such service")
+    return even(completions)
+
+
+calls = []
+
+
+def case(**keys):
+    return lambda folder: settings(folder, **dict(prompts_per_step=8, steps=3, lr=1e-4) | keys)
+
+
+CASES = {
+    "minibatches": case(minibatches=4, epochs=2),
+    "resampling": case(resample_zero_groups=True, resample_budget=6, rewards=[(by_prompt, 1.0)]),
+    "dropout": case(lora_rank=4, lora_alpha=8.0, lora_dropout=0.2, beta=0.1),
+    "a failing reward": case(rewards=[(fails_on_rank_1, 1.0)], save_every=0),
+}
+
+
+def on_two(tmp_path, name, port):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command = [sys.executable, *launcher, str(script), str(tmp_path / "two"), name]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["minibatches", "resampling", "dropout"])
+def test_two_processes_learn_what_one_does(tmp_path, name):
+    """Minibatches, resampled prompts and dropout depended on the number of processes."""
+    out = on_two(tmp_path, name, 29531)
+    assert out.returncode == 0, out.stdout + out.stderr
+    train.main(CASES[name](tmp_path / "one"))
+    one, two = [rows(tmp_path / folder / "run" / "metrics.jsonl") for folder in ("one", "two")]
+    for ours, theirs in zip(one, two, strict=True):
+        for key in ("num_tokens", "resampled_prompts"):
+            assert ours[key] == theirs[key]
+        assert ours["reward"] == pytest.approx(theirs["reward"], abs=1e-12)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    last = [weights(tmp_path / folder / "run" / "ckpt" / "step_000003") for folder in ("one", "two")]
+    for key, tensor in last[0].items():
+        if not key.startswith("optimizer"):
+            torch.testing.assert_close(last[1][key], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_reward_that_fails_on_rank_1_is_said_once_and_the_last_step_is_saved(tmp_path):
+    """It ended in gloo's 'Connection closed by peer': its sentence was nowhere, and the step was lost."""
+    out = on_two(tmp_path, "a failing reward", 29533)
+    assert out.returncode != 0
+    assert out.stdout.count("raised OSError: no such service") == 1, out.stdout + out.stderr
+    assert "step_000002; go on with" in out.stdout
+    assert "raised OSError: no such service; saved" in out.stderr  # on torchrun's page, too
+    assert (tmp_path / "two" / "run" / "ckpt" / "step_000002").is_dir()
