@@ -10,6 +10,7 @@ Dims: B prompts, G completions a prompt, N = B * G rows, T completion tokens, V 
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,6 +47,11 @@ def gradients(net, prompts, groups, factors, cuts):
         (logp * factors[done : done + len(logp)]).sum().backward()
         done += len(logp)
     return torch.cat([p.grad.flatten().clone() for p in net.parameters()])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def close(a, b, relative=1e-5):
@@ -308,7 +314,13 @@ def test_14_two_processes_draw_what_one_does(tmp_path):
         "import train\nfrom conftest import settings\nfrom pathlib import Path\n"
         "train.main(settings(Path(sys.argv[1]), steps=2, rollouts_every=1, save_every=2))\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    ]
     out = subprocess.run([*launcher, script, tmp_path / "two"], capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr
     train.main(settings(tmp_path / "one", steps=2, rollouts_every=1, save_every=2))
