@@ -41,8 +41,8 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
 
     functions: rewards.resolve's list; every reward's mean is reported, whatever its weight. One sample is
     drawn greedily, several at `temperature`; then strict and lenient are means over samples (pass@1) and
-    eval/pass@j is there for j = 1, 2, 4, .. samples. stop: asked between batches of problems; raises
-    Stopped where it says True.
+    eval/pass@j is there for j = 1, 2, 4, .. samples. stop: asked between batches of problems; where it says
+    True there is no result, ({}, []).
     """
     ids, stopped, texts, parts = [], [], [], []
     twin = rewarding.LENIENT.get(functions[0][0])  # without one lenient is strict: nobody runs programs twice

@@ -54,12 +54,14 @@ class Run:
         self.identity = {key: self.keys[key] for key in rundir.IDENTITY}
         with ranks.together():  # before minutes of loading: is there a checkpoint, and is it this run's?
             self.id, self.resumed, moments, changed = self.find_checkpoint()
-            if cfg.scratch is None:
+            if cfg.scratch is None and not cfg.resume:
                 find_model(cfg.model)  # before a folder is moved: is there a model at all?
         self.claim_folder(changed)
         with ranks.together():
             self.load_models()
-        ranks.share_from_first(self.model.state_dict().values())
+        for model in (self.model, self.reference):
+            if model is not None:
+                ranks.share_from_first(model.state_dict().values())
         self.model.checkpointing = cfg.checkpointing == "layers"
         self.merges = merges_adapters(cfg, self.model)
         self.weights_changed()
@@ -105,10 +107,10 @@ class Run:
         """Makes the folder this run's, and says what was found there. An earlier run's is moved aside."""
         moved = None
         with ranks.together():
-            if ranks.rank() == 0 and self.id is None:
+            if ranks.rank() == 0:
                 if self.cfg.resume:
                     checkpoint.writable(self.out)
-                    self.id = rundir.new_identity()
+                    self.id = self.id or rundir.new_identity()
                 else:
                     self.id, moved = rundir.claim(self.out)
         self.id = ranks.gather(self.id)[0]

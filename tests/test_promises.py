@@ -77,11 +77,7 @@ def test_01_sampler_logp_is_trainer_logp(tiny, cut):
 def test_02_gradients_do_not_depend_on_micro_batches(tmp_path):
     found = {}
     for micro_tokens in (100_000, 40):
-        run = Run(
-            settings(
-                tmp_path, micro_tokens=micro_tokens, objective="clip", beta=0.1, out_dir=str(tmp_path / "run")
-            )
-        )
+        run = Run(settings(tmp_path, micro_tokens=micro_tokens, objective="clip", beta=0.1))
         run.optimizer.step = lambda lr, max_norm: 1.0  # keep the gradient and the weights
         run.optimizer.zero_grad = lambda: None
         train.train_step(run, 1)

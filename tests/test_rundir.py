@@ -101,6 +101,17 @@ def test_with_every_checkpoint_damaged_a_resume_touches_nothing(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
 
 
+def test_a_checkpoint_that_is_the_whole_model_resumes_without_the_one_it_came_from(tmp_path):
+    """A look for the base, meant for runs that start, refused it."""
+    train.main(settings(tmp_path, steps=1, out_dir=str(tmp_path / "base")))
+    base = tmp_path / "base" / "ckpt" / "step_000001"
+    cfg = settings(tmp_path, steps=2, scratch=None, model=str(base))
+    train.main(cfg)
+    base.rename(tmp_path / "gone")
+    train.main(again(cfg, steps=3, resume=True))
+    assert "step_000003" in steps_of(cfg.out_dir)
+
+
 def test_a_folder_that_we_stand_in_is_not_moved(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(dict(config={})))
     monkeypatch.chdir(tmp_path)
