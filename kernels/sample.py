@@ -23,14 +23,15 @@ row's maximum), races the blocks, races the words of the block that won, and wri
 entropy. A block's numbers do not depend on how many programs there are, so a row draws the same in any batch.
 
 Truncation to top-k, top-p and min-p is one cutoff: keep z >= c. The first two cutoffs are found without
-sorting, by the 8 hexadecimal digits of c's place in the order of all floats, each digit by one more
-reading of the row, so top-k or top-p alone costs 8 or 9 readings more. Words equal to the cutoff are
-all kept; a sort would drop some.
+sorting (`_cut_kernel`), by the hexadecimal digits of c's place in the order of all floats, each digit by one
+reading of the few blocks that can decide it. For top-k they are the k blocks with the largest maxima, for
+top-p those with a word likely enough to matter. Words equal to the cutoff are all kept; a sort would drop some.
 
 Dims: n rows, V vocabulary, m runners of a race.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -39,6 +40,7 @@ from kernels.switch import core, tl, triton
 
 # Near the square root of V, and it divides 49,152 and 151,936: no padding for the real vocabularies.
 BLOCK = 128
+CUT_BLOCKS, CUT_WARPS = 8, 16  # blocks that _cut_kernel reads at once, and its warps
 WORD, LONG = 0xFFFFFFFF, (1 << 64) - 1
 
 
@@ -217,12 +219,17 @@ def sample(logits, key, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, times
     blocks = triton.cdiv(V, BLOCK)
     stats = torch.empty(n, 3, blocks, device=logits.device)
     width = max(16, triton.next_power_of_2(blocks))
-    cuts = truncation(logits, temperature, top_k, top_p, min_p)
     count, warps = blocks_a_program(n, blocks)
     programs = triton.cdiv(blocks, count)
-    _blocks_kernel[(n * programs,)](
-        logits, stats, cuts, V, blocks, programs, temperature, BLOCK=BLOCK, COUNT=count, num_warps=warps
-    )
+    read_blocks = partial(
+        _blocks_kernel[(n * programs,)],
+        logits, stats, V=V, blocks=blocks, programs=programs, temperature=temperature,
+        BLOCK=BLOCK, COUNT=count, num_warps=warps,
+    )  # fmt: skip
+    read_blocks(cuts=None)
+    cuts = truncation(logits, stats, temperature, top_k, top_p, min_p)
+    if cuts is not None:
+        read_blocks(cuts=cuts)
     _sample_kernel[(n * times,)](
         logits, stats, cuts, key, token, logp, entropy, V, blocks, temperature, times,
         BLOCK=BLOCK, WIDTH=width, num_warps=8 if width > 512 else 4,
@@ -241,21 +248,26 @@ def blocks_a_program(n: int, blocks: int):
     return 16, 4
 
 
-def truncation(logits, temperature, top_k, top_p, min_p):
-    """The cutoff (n,) fp32 of each row, below which no tempered logit is kept. None: all words may come."""
-    n, V = logits.shape
+def truncation(logits, stats, temperature, top_k, top_p, min_p):
+    """The cutoff (n,) fp32 of each row, below which no tempered logit is kept. None: all words may come.
+
+    stats (n, 3, blocks): of all words, as _blocks_kernel wrote them.
+    """
+    (n, V), blocks = logits.shape, stats.shape[2]
     keeps_k = 0 < top_k < V
     keeps_mass = torch.is_tensor(top_p) or top_p < 1.0
     has_floor = torch.is_tensor(min_p) or min_p > 0
     if not (keeps_k or keeps_mass or has_floor):
         return None
     cuts = torch.empty(n, device=logits.device)
+    chosen = torch.empty(n, blocks, dtype=torch.int32, device=logits.device)
     floor = -math.inf
     if has_floor:
         floor = min_p.log() if torch.is_tensor(min_p) else math.log(min_p)
     _cut_kernel[(n,)](
-        logits, cuts, V, temperature, float(top_k), 1.0 - top_p, floor,
-        TOP_K=keeps_k, TOP_P=keeps_mass, TILE=min(1024, max(BLOCK, triton.next_power_of_2(V))), num_warps=8,
+        logits, stats, chosen, cuts, V, blocks, temperature, float(top_k), 1.0 - top_p, floor,
+        TOP_K=keeps_k, TOP_P=keeps_mass, BLOCK=BLOCK, COUNT=min(CUT_BLOCKS, triton.next_power_of_2(blocks)),
+        WIDTH=max(16, triton.next_power_of_2(blocks)), num_warps=CUT_WARPS,
     )  # fmt: skip
     return cuts
 
@@ -290,39 +302,60 @@ def _exponential(key, i):
 
 
 @triton.jit
-def _float_at(place):
-    """The float at a place (int64) in the order of all floats.
+def _place_of(x):
+    """The place (int64) of a float in the order of all floats; `_float_at` is its inverse.
 
     Floats compare like integers once the lower 31 bits of negative ones are flipped.
     """
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+
+
+@triton.jit
+def _float_at(place):
     bits = place.to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _cutoff(logits, V, temperature, cut, m, limit, MASS: tl.constexpr, TILE: tl.constexpr):
+def _cutoff(
+    z, V, temperature, cut, chosen, count, low, high, top, limit, outside,
+    MASS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
     """The largest float c with  #{z >= c} >= limit,  or with MASS  mass{z < c} <= limit * mass{all}.
 
-    Both conditions hold up to some place in the order of floats and fail from there on, so 16 candidates
-    tried at once give the next four bits of that place. m: any number near the row's maximum.
+    Either holds up to some place in the order of floats, from low on, and fails from there on, before high is
+    passed: 16 candidates tried at once give the next four bits of that place. Read are `count` blocks of words,
+    those listed in `chosen` or (None) the first. outside: the mass of all other words, which are below low.
+    top: any number near the row's maximum, which masses are relative to.
     """
     digits = tl.arange(0, 16).to(tl.int64)
-    at = tl.full((), -2139095041, tl.int64)  # -inf; what lies past +inf is NaN and fails every comparison
+    at = _place_of(low)
     step = tl.full((), 1 << 28, tl.int64)
-    for _ in range(8):
+    while step > _place_of(high) - at:
+        step = step // 16
+    while step > 0:
+        # what lies past +inf is NaN and fails every comparison
         c = _float_at(tl.minimum(at + digits * step, 0x7FFFFFFF))
-        found = tl.zeros((16,), tl.float32)
-        total = 0.0
-        for start in range(0, V, TILE):
-            x = _words(logits, start + tl.arange(0, TILE), V, temperature, cut)
+        # a number a word and candidate, added up once at the end: a sum for each tile waits for all warps
+        found = tl.zeros((COUNT * BLOCK, 16), tl.float32)
+        total = tl.zeros((COUNT * BLOCK,), tl.float32)
+        for start in range(0, count, COUNT):
+            i = start + tl.arange(0, COUNT)
+            block = i
+            if chosen is not None:
+                block = tl.load(chosen + i, mask=i < count, other=0)
+            j = tl.where(i < count, block * BLOCK, V)[:, None] + tl.arange(0, BLOCK)[None, :]
+            x = _words(z, tl.reshape(j, (COUNT * BLOCK,)), V, temperature, cut)
             above = x[:, None] >= c[None, :]
             if MASS:
-                e = tl.exp(x - m)
-                total += tl.sum(e, 0)
-                found += tl.sum(tl.where(above, 0.0, e[:, None]), 0)
+                e = tl.exp(x - top)
+                total += e
+                found += tl.where(above, 0.0, e[:, None])
             else:
-                found += tl.sum(tl.where(above, 1.0, 0.0), 0)
-        good = found <= limit * total if MASS else found >= limit
+                found += tl.where(above, 1.0, 0.0)
+        below = outside + tl.sum(found, 0)
+        good = below <= limit * (outside + tl.sum(total, 0)) if MASS else below >= limit
         at += tl.maximum(tl.sum(good.to(tl.int64), 0) - 1, 0) * step
         step = step // 16
     return _float_at(at)
@@ -330,30 +363,40 @@ def _cutoff(logits, V, temperature, cut, m, limit, MASS: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _cut_kernel(
-    logits,
-    cuts,
-    V,
-    temperature,
-    top_k,
-    tail,
-    floor,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The cutoff of a row, a program each. tail: 1 - top_p; floor: log(min_p) or -inf."""
+    logits, stats, chosen, cuts, V, blocks, temperature, top_k, tail, floor,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The cutoff of a row, a program each. tail: 1 - top_p; floor: log(min_p) or -inf; chosen: scratch."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
-    temperature = _number(temperature)
+    stats += row * 3 * blocks
+    chosen += row * blocks
+    temperature, tail = _number(temperature), _number(tail)
+    b = tl.arange(0, WIDTH)
+    m = tl.load(stats + b, mask=b < blocks, other=float("-inf"))
+    top = tl.max(m, 0)
     cut = tl.full((), float("-inf"), tl.float32)
+    low, outside = cut, 0.0
     if TOP_K:
-        cut = _cutoff(logits, V, temperature, cut, 0.0, top_k, False, TILE)
-    top = tl.full((), float("-inf"), tl.float32)
-    for start in range(0, V, TILE):
-        x = _words(logits, start + tl.arange(0, TILE), V, temperature, cut)
-        top = tl.maximum(top, tl.max(x, 0))
+        # the k-th largest maximum: k blocks have a word as large, so the k-th largest word is no smaller
+        everywhere = tl.cdiv(blocks, BLOCK)
+        low = _cutoff(stats, blocks, 1.0, cut, None, everywhere, low, top, top, top_k, 0.0, False, BLOCK, COUNT)
+    elif TOP_P:
+        # V words that are less likely than a V-th of the tail weigh less than it; 0.1 % is for rounding
+        mass = tl.load(stats + blocks + b, mask=b < blocks, other=0.0) * tl.exp(m - top)
+        low = top + tl.log(0.999 * tail * tl.sum(mass, 0) / V)
+        low = tl.where(low == low, low, float("-inf"))
+        outside = tl.sum(tl.where(m < low, mass, 0.0), 0)
+    if TOP_K or TOP_P:
+        few = (b < blocks) & (m >= low)
+        tl.store(chosen + tl.cumsum(few.to(tl.int32), 0) - 1, b, mask=few)
+        tl.debug_barrier()  # the list is read by other threads than wrote it
+        count = tl.sum(few.to(tl.int32), 0)
+    if TOP_K:
+        cut = _cutoff(logits, V, temperature, cut, chosen, count, low, top, top, top_k, 0.0, False, BLOCK, COUNT)
+        low = cut
     if TOP_P:
-        nucleus = _cutoff(logits, V, temperature, cut, top, _number(tail), True, TILE)
+        nucleus = _cutoff(logits, V, temperature, cut, chosen, count, low, top, top, tail, outside, True, BLOCK, COUNT)
         cut = tl.maximum(cut, tl.minimum(nucleus, top))  # the most likely word stays
     cut = tl.maximum(cut, top + _number(floor))
     tl.store(cuts + row, cut)
@@ -374,17 +417,24 @@ def _fold(x):
 def _blocks_kernel(
     logits, stats, cuts, V, blocks, programs, temperature, BLOCK: tl.constexpr, COUNT: tl.constexpr
 ):
-    """Reads the logits once and writes stats (n, 3, blocks); `programs` of COUNT blocks a row."""
+    """Reads the logits once and writes stats (n, 3, blocks); `programs` of COUNT blocks a row.
+
+    With cuts (n,) it has been here before: it reads again only blocks with a word above the row's cutoff, or
+    that are not finite, which their stats say.
+    """
     row = tl.program_id(0) // programs
     block = tl.program_id(0) % programs * COUNT + tl.arange(0, COUNT)
+    logits += row.to(tl.int64) * V
+    stats += row * 3 * blocks
+    j = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     if cuts is None:
         cut = float("-inf")
     else:
         cut = tl.load(cuts + row)
-    logits += row.to(tl.int64) * V
-    j = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        m = tl.load(stats + block, mask=block < blocks, other=float("-inf"))
+        s = tl.load(stats + blocks + block, mask=block < blocks, other=0.0)
+        j = tl.where((m >= cut) | (s != s), 0, V)[:, None] + j
     m, s, t = _fold(_words(logits, j, V, _number(temperature), cut))
-    stats += row * 3 * blocks
     tl.store(stats + block, m, mask=block < blocks)
     tl.store(stats + blocks + block, s, mask=block < blocks)
     tl.store(stats + 2 * blocks + block, t, mask=block < blocks)
