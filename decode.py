@@ -112,9 +112,11 @@ class GridAttention:
         self.write = (self.first_key[:n] + own[:, None]).flatten()
         self.mask[self.slots[:n], 0, 0, self.cache.P + own] = 0.0
 
-    def attend(self, layer, q, k, v):
-        """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
-        (n, H, E), K = q.shape, k.shape[1]
+    def attend(self, layer, qk, v, cos, sin):
+        """qk (n, H + K, E), v (n, K, E), cos and sin (n, 1, E/2) -> (n, H, E)."""
+        n, K, E = v.shape
+        H = qk.shape[1] - K
+        q, k = rope.rotate(qk, cos, sin).split([H, K], 1)
         g, m, R, P, c = self.g, self.m, H // K, self.cache.P, self.visible
         prompt_k, prompt_v, own_k, own_v = self.cache.layer(layer)
         # as own_k[slots, :, own] = k, in 0.7x of the time
@@ -174,11 +176,11 @@ class TableAttention:
         self.table[: len(own), 2] = own
         self.table[: len(own), 4] = prompt_lengths
 
-    def attend(self, layer, q, k, v):
-        """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
-        n = len(q)
+    def attend(self, layer, qk, v, cos, sin):
+        """qk (n, H + K, E), v (n, K, E), cos and sin (n, 1, E/2) -> (n, H, E)."""
+        n = len(qk)
         prompt_k, prompt_v, own_k, own_v = self.cache.layer(layer)
-        rope.store_keys(k, v, own_k, own_v, self.table[:n, 2])
+        q = rope.rotate_into_cache(qk, v, cos, sin, own_k, own_v, self.table[:n, 2])
         decode = flash.flash_decode if flash.on_triton(q) else decode_ref
         return decode(q, prompt_k, prompt_v, own_k, own_v, self.table[:n])
 

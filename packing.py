@@ -21,6 +21,7 @@ import torch
 
 from kernels import flash_attention as flash
 from kernels.attention import Buckets, attention
+from kernels.rope import rotate
 
 Ids = list[int]
 Part = tuple[int, list[int]]  # a prompt's number b, and the numbers of some of its completions
@@ -79,11 +80,17 @@ class Packed:
         self.rows = tensor(rows)  # (M,)
         self.layout = attention_layout(model, self.segments)
 
-    def attend(self, layer, q, k, v):
-        """Attention of one layer: q (T, H, E), k and v (T, K, E) -> (T, H, E)."""
+    def attend(self, layer, qk, v, cos, sin):
+        """Attention of one layer: qk (T, H + K, E), v (T, K, E), cos and sin (T, 1, E/2) -> (T, H, E)."""
+        K = v.shape[1]
+        q, k = rotate(qk, cos, sin).split([qk.shape[1] - K, K], 1)
+        self.keep(layer, k, v)
         if isinstance(self.layout, Buckets):
             return attention(q, k, v, self.layout)
         return flash.flash_attention(q, k, v, self.layout)
+
+    def keep(self, layer, k, v):
+        """What becomes of k and v (T, K, E): nothing here; rollout.Prefill puts them into the cache."""
 
 
 def refuse_unusable(prompt: Ids, group: list[Ids], context: int, *, first_row: int):

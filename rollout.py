@@ -539,10 +539,9 @@ class Prefill(Packed):
         # where the first token of every completion is predicted from
         self.last = (lengths.cumsum(0) - 1).to(model.device)
 
-    def attend(self, layer, q, k, v):
+    def keep(self, layer, k, v):
         self.cache.prompt_k[layer][self.place, :, self.positions] = k
         self.cache.prompt_v[layer][self.place, :, self.positions] = v
-        return super().attend(layer, q, k, v)
 
 
 class Progress:

@@ -94,9 +94,10 @@ def layer_cases():
     qk = meta(4096, 18, 64, grad=True)  # as in the model: q and k are parts of one tensor
     cos, sin = meta(4096, 1, 32), meta(4096, 1, 32)
     yield "rope", partial(train, rope.rotate, qk[:, :16], cos, sin)
-    k, v = meta(256, 2, 64), meta(256, 2, 64)
+    turn = meta(256, 1, 32), meta(256, 1, 32)
     caches = meta(256, 2, 400, 64), meta(256, 2, 400, 64)
-    yield "store keys", partial(rope.store_keys, k, v, *caches, meta(256, dtype=LONG))
+    args = meta(256, 16, 64), meta(256, 2, 64), *turn, *caches, meta(256, dtype=LONG)
+    yield "rotate into cache", partial(rope.rotate_into_cache, *args)
 
 
 def lora_cases():
@@ -119,9 +120,9 @@ def one_row_cases():
     yield "one row: sample", partial(sample.sample, meta(1, 100, dtype=FP32), y, min_p=0.1)
     x, weight = meta(1, 64, grad=True), meta(64, grad=True)
     yield "one row: norm", partial(train, rms_norm.rms_norm, x, weight, 1e-6)
-    k, v = meta(1, 1, 64), meta(1, 1, 64)
-    caches = meta(1, 1, 1, 64), meta(1, 1, 1, 64)
-    yield "one row: store keys", partial(rope.store_keys, k, v, *caches, y)
+    turn, caches = (meta(1, 1, 32), meta(1, 1, 32)), (meta(1, 1, 1, 64), meta(1, 1, 1, 64))
+    args = meta(1, 2, 64), meta(1, 1, 64), *turn, *caches, y
+    yield "one row: rotate into cache", partial(rope.rotate_into_cache, *args)
     h, B = meta(1, 1, dtype=FP32), meta(1, 64, dtype=FP32)
     yield "one row: LoRA", partial(lora_linear.expand_, meta(1, 64), h, B)
 

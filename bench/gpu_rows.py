@@ -180,19 +180,20 @@ def rotated(T, H, E, dtype):
     return kernel(args, rope.rotate, ref, (read, 0), dict(torch=ref, compiled=ref))
 
 
-def stored(n, K, E, C, dtype):
-    """A decoding step's keys and values into the cache, again and again the same.
+def stored(n, H, K, E, C, dtype):
+    """A decoding step's queries and keys rotated, keys and values into the cache, again and again the same.
 
     In fp64 the function takes its torch form. The places are a column of a wider table, as in decoding.
     """
 
-    def store(k, v, cache_k, cache_v, table):
-        rope.store_keys(k, v, cache_k, cache_v, table[:, 2])
-        return cache_k, cache_v
+    def store(qk, v, cos, sin, cache_k, cache_v, table):
+        q = rope.rotate_into_cache(qk, v, cos, sin, cache_k, cache_v, table[:, 2])
+        return q, cache_k, cache_v
 
-    args = [rand(*shape, dtype=dtype) for shape in [(n, K, E)] * 2 + [(n, K, C, E)] * 2]
+    shapes = [(n, H + K, E), (n, K, E)] + [(n, 1, E // 2)] * 2 + [(n, K, C, E)] * 2
+    args = [rand(*shape, dtype=dtype) for shape in shapes]
     args.append(torch.randint(0, C, (n, 6), device=DEV))
-    return kernel(args, store, store, (4 * n * K * E * dtype.itemsize, 0), {})
+    return kernel(args, store, store, (2 * n * (H + 2 * K) * E * dtype.itemsize, 0), {})
 
 
 def shrunk(T, D, r, dtype):
@@ -372,7 +373,7 @@ KERNELS += [
     Row("add_rms_norm fwd+bwd", add_norm, (16_384, 1536), (5, 1003)),
     Row("swiglu fwd+bwd", gated, (16_384, 8960), (5, 1031)),
     Row("rope fwd+bwd", rotated, (16_384, 14, 128), (13, 5, 24)),
-    Row("keys into the cache", stored, (256, 2, 64, 512), (5, 3, 24, 7)),
+    Row("rotation, keys into the cache", stored, (256, 14, 2, 64, 512), (5, 4, 3, 24, 7)),
     Row("lora x A^T", shrunk, (16_384, 1536, 16), (37, 101, 5)),
     Row("lora y + h B^T, with a copy of y", expanded, (16_384, 1536, 16), (67, 131, 5)),
 ]

@@ -9,10 +9,10 @@ E/2), as in Hugging Face checkpoints.
 Bytes: x is read once and y written once, 4 E a head in bf16; cos and sin, 2 E a token, are shared by its
 heads. Six operations a pair. torch makes six products and sums and a concatenation, on a GPU seven
 launches: 1.6 times the time at 16,384 tokens of 14 heads of 128 (bench/gpu.py, H100, commit 263d8c1),
-though ours waits for its launches there: 20 % of what memory allows. A decoding step writes k and v of
-every row to its own place: one launch here, four in torch (two copies out of the strided matmul, two
-scatters). With few tokens both wait for their launches, about 42 us for each of Triton's and 12 to 18 us
-for each of torch's; where a CUDA graph hides those, only the bytes count.
+though ours waits for its launches there: 20 % of what memory allows. In a decoding step k and v of every
+row also go to places of their own: rotation and writing are one launch here. With few tokens both wait for
+their launches, about 42 us for each of Triton's and 12 to 18 us for each of torch's; where a CUDA graph hides
+those, only the bytes count.
 
 Any float dtype; the Triton form computes in fp32 and rounds once. fp64 takes the torch form.
 
@@ -38,22 +38,26 @@ def rotate(x, cos, sin):
     return rotate_ref(x, cos, sin)
 
 
-def store_keys(k, v, cache_k, cache_v, places):
-    """k[i], v[i] (K, E) of row i go to cache[slot i, :, places[i]].
+def rotate_into_cache(qk, v, cos, sin, cache_k, cache_v, places):
+    """Rotates a decoding step's queries and keys; row i's keys and values go to cache[slot i, :, places[i]].
 
-    k, v (n, K, E); caches (slots, K, C, E) contiguous; places (n,) int64, also a column of a table.
+    qk (n, H + K, E), the queries first; v (n, K, E); cos and sin (n, 1, E/2); caches (slots, K, C, E)
+    contiguous; places (n,) int64, also a column of a table. Returns the queries (n, H, E). Without gradient.
     """
-    n, K, E = k.shape
-    C = cache_k.shape[2]
-    if on_triton(k):
-        k, v = heads_together(k), heads_together(v)
-        BLOCK = triton.next_power_of_2(E)
-        strides = k.stride(0), v.stride(0), places.stride(0)
-        _store_kernel[(n, K)](k, v, cache_k, cache_v, places, *strides, K, C, E, BLOCK=BLOCK, num_warps=1)
-    else:
+    n, K, E = v.shape
+    H, C = qk.shape[1] - K, cache_k.shape[2]
+    if not on_triton(qk):
+        q, k = rotate(qk, cos, sin).split([H, K], 1)
         slots = torch.arange(n, device=k.device)
         cache_k[slots, :, places] = k
         cache_v[slots, :, places] = v
+        return q
+    qk, v = heads_together(qk), heads_together(v)
+    q = torch.empty(n, H, E, dtype=qk.dtype, device=qk.device)
+    size = dict(E=E, HEADS=triton.next_power_of_2(H + K), HALF=triton.next_power_of_2(E // 2))
+    strides = qk.stride(0), v.stride(0), places.stride(0)
+    _cache_kernel[(n,)](qk, v, cos, sin, q, cache_k, cache_v, places, *strides, H, K, C, **size, num_warps=4)
+    return q
 
 
 def heads_together(x):
@@ -106,13 +110,30 @@ def _rotate_kernel(
 
 
 @triton.jit
-def _store_kernel(k, v, cache_k, cache_v, places, k_token, v_token, place_row, K, C, E, BLOCK: tl.constexpr):
-    """One program for a row and a head."""
+def _cache_kernel(
+    qk, v, cos, sin, q, cache_k, cache_v, places, qk_token, v_token, place_row, H, K, C,
+    E: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One program a row: rotates its heads as `_rotate_kernel` and takes each to where it belongs."""
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    e = tl.arange(0, BLOCK)
-    to = ((row * K + head) * C + tl.load(places + row * place_row)) * E + e
-    key = tl.load(k + row * k_token + head * E + e, mask=e < E)
-    tl.store(cache_k + to, key, mask=e < E)
-    value = tl.load(v + row * v_token + head * E + e, mask=e < E)
-    tl.store(cache_v + to, value, mask=e < E)
+    h = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    half: tl.constexpr = E // 2
+    c = tl.load(cos + row * half + i, mask=i < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + row * half + i, mask=i < half, other=0.0).to(tl.float32)
+    a_at = qk + row * qk_token + h * E + i
+    a = tl.load(a_at, mask=(h < H + K) & (i < half), other=0.0).to(tl.float32)
+    b = tl.load(a_at + half, mask=(h < H + K) & (i < half), other=0.0).to(tl.float32)
+    ya = (a * c - b * s).to(q.dtype.element_ty)
+    yb = (b * c + a * s).to(q.dtype.element_ty)
+    is_query = (h < H) & (i < half)
+    query_at = q + (row * H + h) * E + i
+    tl.store(query_at, ya, mask=is_query)
+    tl.store(query_at + half, yb, mask=is_query)
+    is_key = (h >= H) & (h < H + K) & (i < half)
+    cell = ((row * K + h - H) * C + tl.load(places + row * place_row)) * E + i
+    tl.store(cache_k + cell, ya, mask=is_key)
+    tl.store(cache_k + cell + half, yb, mask=is_key)
+    value_at = v + row * v_token + (h - H) * E + i
+    tl.store(cache_v + cell, tl.load(value_at, mask=is_key), mask=is_key)
+    tl.store(cache_v + cell + half, tl.load(value_at + half, mask=is_key), mask=is_key)

@@ -25,7 +25,8 @@ entropy. A block's numbers do not depend on how many programs there are, so a ro
 Truncation to top-k, top-p and min-p is one cutoff: keep z >= c. The first two cutoffs are found without
 sorting (`_cut_kernel`), by the hexadecimal digits of c's place in the order of all floats, each digit by one
 reading of the few blocks that can decide it. For top-k they are the k blocks with the largest maxima, for
-top-p those with a word likely enough to matter. Words equal to the cutoff are all kept; a sort would drop some.
+top-p those with a word likely enough to matter. Words equal to the cutoff are all kept; a sort would drop
+some.
 
 Dims: n rows, V vocabulary, m runners of a race.
 """
@@ -319,20 +320,20 @@ def _float_at(place):
 
 @triton.jit
 def _cutoff(
-    z, V, temperature, cut, chosen, count, low, high, top, limit, outside,
+    z, V, temperature, cut, chosen, count, low, top, limit, outside,
     MASS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """The largest float c with  #{z >= c} >= limit,  or with MASS  mass{z < c} <= limit * mass{all}.
 
-    Either holds up to some place in the order of floats, from low on, and fails from there on, before high is
-    passed: 16 candidates tried at once give the next four bits of that place. Read are `count` blocks of words,
-    those listed in `chosen` or (None) the first. outside: the mass of all other words, which are below low.
-    top: any number near the row's maximum, which masses are relative to.
+    Either holds from `low` on up to some place in the order of floats, and fails from there on, `top`, the
+    row's maximum, at the latest: 16 candidates tried at once give the next four bits of that place. Read are
+    `count` blocks of words, those listed in `chosen` or (None) the first. outside: the mass of all other
+    words, which are below low. Masses are relative to top.
     """
     digits = tl.arange(0, 16).to(tl.int64)
     at = _place_of(low)
     step = tl.full((), 1 << 28, tl.int64)
-    while step > _place_of(high) - at:
+    while step > _place_of(top) - at:
         step = step // 16
     while step > 0:
         # what lies past +inf is NaN and fails every comparison
@@ -379,8 +380,8 @@ def _cut_kernel(
     low, outside = cut, 0.0
     if TOP_K:
         # the k-th largest maximum: k blocks have a word as large, so the k-th largest word is no smaller
-        everywhere = tl.cdiv(blocks, BLOCK)
-        low = _cutoff(stats, blocks, 1.0, cut, None, everywhere, low, top, top, top_k, 0.0, False, BLOCK, COUNT)
+        all_maxima = tl.cdiv(blocks, BLOCK)
+        low = _cutoff(stats, blocks, 1.0, cut, None, all_maxima, low, top, top_k, 0.0, False, BLOCK, COUNT)
     elif TOP_P:
         # V words that are less likely than a V-th of the tail weigh less than it; 0.1 % is for rounding
         mass = tl.load(stats + blocks + b, mask=b < blocks, other=0.0) * tl.exp(m - top)
@@ -393,10 +394,11 @@ def _cut_kernel(
         tl.debug_barrier()  # the list is read by other threads than wrote it
         count = tl.sum(few.to(tl.int32), 0)
     if TOP_K:
-        cut = _cutoff(logits, V, temperature, cut, chosen, count, low, top, top, top_k, 0.0, False, BLOCK, COUNT)
+        cut = _cutoff(logits, V, temperature, cut, chosen, count, low, top, top_k, 0.0, False, BLOCK, COUNT)
         low = cut
     if TOP_P:
-        nucleus = _cutoff(logits, V, temperature, cut, chosen, count, low, top, top, tail, outside, True, BLOCK, COUNT)
+        walk = (logits, V, temperature, cut, chosen, count, low, top)
+        nucleus = _cutoff(*walk, tail, outside, True, BLOCK, COUNT)
         cut = tl.maximum(cut, tl.minimum(nucleus, top))  # the most likely word stays
     cut = tl.maximum(cut, top + _number(floor))
     tl.store(cuts + row, cut)

@@ -112,12 +112,12 @@ def test_prefill_and_a_decoding_step_never_wait(launched, rank, merged):
         launched.clear()
         slots.step(2)
         if launched:
-            assert {"_store_kernel", "_sample_kernel"} <= set(launched)
-            # A layer: two norms, those of queries and keys, rotation, keys, attention, SwiGLU. The adapter
-            # beside it: x A^T of q, k, v and of gate, up at once, so four, and seven h B^T. Merged it adds
-            # none. The last norm, and the draw's cut, blocks and choice.
+            assert {"_cache_kernel", "_sample_kernel"} <= set(launched)
+            # A layer: two norms, those of queries and keys, rotation with the cache, attention, SwiGLU. The
+            # adapter beside it: x A^T of q, k, v and of gate, up at once, so four, and seven h B^T. Merged it
+            # adds none. The last norm, and the draw's blocks, cut, blocks above the cut, and choice.
             beside = bool(rank) and not merged
-            assert len(launched) == 2 * (8 + 11 * beside) + 1 + 3, launched
+            assert len(launched) == 2 * (7 + 11 * beside) + 1 + 4, launched
         slots.seat([0, 1, 0, 1])
         slots.step(4)
         slots.move(numbers(1), numbers(0))

@@ -313,14 +313,20 @@ def test_rotation(T, heads, E, dtype):
     )
 
 
-def test_keys_and_values_are_stored_where_they_belong_and_nowhere_else():
-    kv, caches = randn(4, 6, 8), [randn(5, 3, 7, 8, seed=i) for i in (1, 2)]
+@pytest.mark.parametrize("H, K, E", [(4, 3, 8), (1, 1, 2), (7, 1, 24)])
+def test_rotated_keys_and_values_go_where_they_belong_and_nowhere_else(H, K, E):
+    heads = randn(4, H + 2 * K, E)
+    qk, v = heads.split([H + K, K], 1)
+    angles = randn(4, 1, E // 2, scale=9.0)
+    turn = angles.cos(), angles.sin()
+    caches = [randn(5, K, 7, E, seed=i) for i in (1, 2)]
     places, want = torch.tensor([0, 6, 2, 2], device=DEVICE), [c.clone() for c in caches]
-    P.store_keys(kv[:, :3], kv[:, 3:], *caches, places)
+    q = P.rotate_into_cache(qk, v, *turn, *caches, places)
     kernels.use("torch")
-    P.store_keys(kv[:, :3], kv[:, 3:], *want, places)
-    assert all(torch.equal(a, b) for a, b in zip(caches, want))
-    assert torch.equal(caches[1][1, :, 6], kv[1, 3:])
+    near(q, P.rotate_into_cache(qk, v, *turn, *want, places), torch.float32)
+    for ours, ref in zip(caches, want):
+        near(ours, ref, torch.float32)
+    assert torch.equal(caches[1][1, :, 6], v[1])
 
 
 LORA_SHAPES = [(1, 8, [5], 1), (33, 70, [130, 7], 5), (3, 64, [16], 16)]  # T, D, rows of each adapter, rank
@@ -518,15 +524,16 @@ def test_lora_step_equals_torch(tiny):
 def test_keys_go_to_places_that_are_a_column_of_a_table():
     """Places read as if they lay side by side sent a decoding step's keys to other rows' places on a GPU."""
     n, K, C, E = 5, 2, 7, 16
-    k, v = randn(n, K, E), randn(n, K, E, seed=1)
+    qk, v = randn(n, 3 * K, E), randn(n, K, E, seed=1)
+    turn = randn(2, n, 1, E // 2, seed=3)
     table = torch.randint(0, C, (n, 6), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     kernels.use("triton")
     ours = torch.zeros(2, n, K, C, E, device=DEVICE)
-    P.store_keys(k, v, *ours, table[:, 2])
+    P.rotate_into_cache(qk, v, *turn, *ours, table[:, 2])
     kernels.use("torch")
     ref = torch.zeros(2, n, K, C, E, device=DEVICE)
-    P.store_keys(k, v, *ref, table[:, 2].clone())
-    assert torch.equal(ours, ref)
+    P.rotate_into_cache(qk, v, *turn, *ref, table[:, 2].clone())
+    near(ours, ref, torch.float32)
 
 
 @pytest.mark.parametrize(
