@@ -19,6 +19,7 @@ scored tokens, B prompts, G completions a prompt. Sources of the architecture: a
 
 import json
 import os
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
@@ -79,6 +80,34 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+def nothing(*_):
+    return nullcontext()
+
+
+class MadeAgain(torch.autograd.graph.saved_tensors_hooks):
+    """Inside, what would be kept of y = make(source) for the backward is not: y is made again where it is used.
+
+    For what is dear to keep and cheap to make: the source must be kept by somebody anyway.
+    """
+
+    def __init__(self, y, source, make):
+        address, shape, source = y.data_ptr(), y.shape, source.detach()
+
+        def pack(kept):
+            # Every tensor that is kept inside comes by, weights too; y is known by where it lies.
+            is_y = kept.data_ptr() == address and kept.shape == shape
+            return (make, source) if is_y else kept
+
+        def unpack(kept):
+            if isinstance(kept, torch.Tensor):
+                return kept
+            make, source = kept
+            with torch.no_grad():
+                return make(source)
+
+        super().__init__(pack, unpack)
+
+
 class Block(nn.Module):
     """One layer: attention, then a gated MLP, each reading the stream through a norm and adding to it.
 
@@ -101,30 +130,42 @@ class Block(nn.Module):
             self.q_norm = RMSNorm(s.E, s.eps)
             self.k_norm = RMSNorm(s.E, s.eps)
 
-    def forward(self, x, delta, cos, sin, plan):
-        """The stream is x + delta: x, delta (T, D), cos and sin (T, 1, E/2) -> another such x and delta."""
+    def forward(self, x, delta, cos, sin, plan, light=False):
+        """The stream is x + delta: x, delta (T, D), cos and sin (T, 1, E/2) -> another such x and delta.
+
+        light: for the backward, norms and SwiGLU's product are made again instead of kept.
+        """
         T, H, K, E = len(x), self.H, self.K, self.E
+        made_again = MadeAgain if light else nothing
         x, normed = self.input_norm.of_sum(x, delta)
         # One matmul makes all heads of a token: H of queries, then K of keys, then K of values.
-        heads = self.qkv(normed).view(T, H + 2 * K, E)
+        with made_again(normed, x, self.input_norm):
+            heads = self.qkv(normed).view(T, H + 2 * K, E)
         # Queries and keys stand side by side, so that one rotation turns both.
         qk, v = heads.split([H + K, K], 1)
         if self.qk_norm:
             qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], 1)
+        if light:  # as a part of `heads`, the values that attention keeps would keep the unrotated rest too
+            v = v.clone()
         # Rotation and attention. Everything that differs between training, prefill and decoding happens in
         # here: which keys a token sees, and whether k and v also go into a cache.
         attended = plan.attend(self.layer, qk, v, cos, sin)  # (T, H, E)
         # The sum goes on as the stream, its norm is what the MLP reads.
         x, normed = self.post_norm.of_sum(x, self.o(attended.reshape(T, H * E)))
-        return x, self.down(swiglu(self.gate_up(normed)))
+        with made_again(normed, x, self.post_norm):
+            gate_up = self.gate_up(normed)
+        product = swiglu(gate_up)
+        with made_again(product, gate_up, swiglu):
+            return x, self.down(product)
 
 
 class Transformer(nn.Module):
     """The decoder: embedding, L blocks, final norm, and a head that may be the embedding itself."""
 
-    # Training keeps only the input of each layer and makes the rest again in the backward: one forward more
-    # of time for 1/L of the activations' memory.
-    checkpointing = False
+    # What training keeps for the backward. "none": all. "light": what is dear to make, so no norms and no
+    # products of SwiGLU, a third of it all. "layers": only the input of each layer, 1/L of it all, for one
+    # forward more of time.
+    checkpointing = "none"
 
     def __init__(self, config: dict):
         """config: the dict of a config.json (kept, and written back by `save`). Weights are left unset."""
@@ -165,7 +206,9 @@ class Transformer(nn.Module):
         # The rotation is the same for every layer, so it is made once.
         cos, sin = self.rotation(positions)
         x, delta = F.embedding(ids, self.embed), None  # (T, D)
-        recompute = self.checkpointing and torch.is_grad_enabled()
+        learning = torch.is_grad_enabled()
+        recompute = self.checkpointing == "layers" and learning
+        light = self.checkpointing == "light" and learning
         for block in self.blocks:
             if recompute:
                 # The random state is put back before a layer runs again, so LoRA's dropout drops the same
@@ -174,7 +217,7 @@ class Transformer(nn.Module):
                 x, delta = x if delta is None else x + delta, None
                 x, delta = checkpoint(block, x, delta, cos, sin, plan, use_reentrant=False)
             else:
-                x, delta = block(x, delta, cos, sin, plan)
+                x, delta = block(x, delta, cos, sin, plan, light)
         _, hidden = self.norm.of_sum(x, delta)
         return hidden
 
@@ -197,12 +240,17 @@ class Transformer(nn.Module):
         """About what a forward keeps of each token for the backward, without the head's chunks.
 
         A layer keeps its two inputs, their norms and the two sums, q, k, v before and after the rotation, the
-        attention's output, and gate, up and their product. With checkpointing, its input alone.
+        attention's output, and gate, up and their product. Light, two sums, rotated q, k and v, the output,
+        gate and up. With "layers", its input alone. One layer at a time has everything.
         """
         s = self.shape
-        projections = (s.H + 2 * s.K) * s.E + (s.H + s.K) * s.E + s.H * s.E
-        layer = 6 * s.D + projections + 3 * s.intermediate
-        kept = s.L * s.D + layer if self.checkpointing else s.L * layer
+        rotated, attended = (s.H + s.K) * s.E, s.H * s.E
+        everything = 6 * s.D + (s.H + 2 * s.K) * s.E + rotated + attended + 3 * s.intermediate
+        kept = s.L * everything
+        if self.checkpointing == "light":
+            kept = s.L * (2 * s.D + rotated + s.K * s.E + attended + 2 * s.intermediate) + everything
+        if self.checkpointing == "layers":
+            kept = s.L * s.D + everything
         return kept * self.embed.itemsize
 
     def logits(self, ids):

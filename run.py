@@ -62,7 +62,7 @@ class Run:
         for model in (self.model, self.reference):
             if model is not None:
                 ranks.share_from_first(model.state_dict().values())
-        self.model.checkpointing = cfg.checkpointing == "layers"
+        self.model.checkpointing = cfg.checkpointing
         self.merges = merges_adapters(cfg, self.model)
         self.weights_changed()
         self.micro_tokens = cfg.micro_tokens  # 0: chosen by memory before the first update

@@ -353,15 +353,16 @@ def test_the_head_in_chunks_gives_the_gradient_of_the_whole_objective_at_once(tm
     assert calls and max(calls) > 14
 
 
-def test_checkpointing_changes_no_bit_of_a_run(tmp_path):
+@pytest.mark.parametrize("how", ["layers", "light"])
+def test_checkpointing_changes_no_bit_of_a_run(tmp_path, how):
     runs = []
-    for how in ("none", "layers"):
+    for how in ("none", how):
         cfg = settings(tmp_path, lora_rank=4, lora_dropout=0.2, beta=0.1, checkpointing=how)
         runs.append(train.Run(cfg))
     for run in runs:
         one_step(run)
         one_step(run)
-    assert runs[1].model.checkpointing
+    assert runs[1].model.checkpointing == how
     for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters()):
         assert torch.equal(p, q)
 
