@@ -85,9 +85,9 @@ def nothing(*_):
 
 
 class MadeAgain(torch.autograd.graph.saved_tensors_hooks):
-    """Inside, what would be kept of y = make(source) for the backward is not: y is made again where it is used.
+    """Inside, y = make(source) is not kept for the backward, but made again where the backward wants it.
 
-    For what is dear to keep and cheap to make: the source must be kept by somebody anyway.
+    For what is dear to keep and cheap to make. The source is what somebody keeps anyway.
     """
 
     def __init__(self, y, source, make):

@@ -280,6 +280,8 @@ def update_row(name, B, rank, goal="", **options):
     title = f"update {name}, {B} x 16 x (128 + 384)"
     if rank:
         title += f", LoRA {rank} {'merged' if options.get('merged') else 'beside'}"
+    if "checkpointing" in options:
+        title += f", {options['checkpointing']}"
     return Row(title, partial(update, rank=rank, **options), (name, B, 16, 128, 384), SMALL, goal)
 
 
@@ -291,6 +293,7 @@ ROWS = [
     decode_row("0.5B", 16, 16, 128, 256, rank=32, checked=True),
     update_row("0.5B", 2, 32, "busy 90%", merged=True, checked=True),
     update_row("0.5B", 8, 32, "250 ms, 0.6 MB", merged=True),
+    update_row("0.5B", 8, 32, "250 ms, 0.6 MB", merged=True, checkpointing="light"),
     update_row("0.5B", 2, 32, "busy 90%", checked=True),
     update_row("0.5B", 8, 32, "250 ms, 0.6 MB"),
     Row(STEP, partial(step, rank=16, merged=True), WHOLE, SMALL, "2.5 s"),

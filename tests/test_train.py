@@ -356,8 +356,8 @@ def test_the_head_in_chunks_gives_the_gradient_of_the_whole_objective_at_once(tm
 @pytest.mark.parametrize("how", ["layers", "light"])
 def test_checkpointing_changes_no_bit_of_a_run(tmp_path, how):
     runs = []
-    for how in ("none", how):
-        cfg = settings(tmp_path, lora_rank=4, lora_dropout=0.2, beta=0.1, checkpointing=how)
+    for checkpointing in ("none", how):
+        cfg = settings(tmp_path, lora_rank=4, lora_dropout=0.2, beta=0.1, checkpointing=checkpointing)
         runs.append(train.Run(cfg))
     for run in runs:
         one_step(run)
