@@ -115,7 +115,7 @@ class Config:
     eval_max_new_tokens: int = 0  # 0: max_new_tokens
     # -- the run
     force: bool = False  # go on although the first batch shows that nothing can be learnt
-    checkpointing: str = "none"  # none | light: norms, SwiGLU again in the backward | layers: all but an input
+    checkpointing: str = "none"  # none | light: norms, SwiGLU again in the backward | layers: all again
     kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0
     out_dir: str = ""  # "": out/NAME of the config file; a run that is there already is moved to out/NAME.1
