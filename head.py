@@ -37,7 +37,7 @@ from kernels.logprob import (
     scaled_logits,
     truncate_,
 )
-from loss import add_stats, policy_loss, takes_whole_rows
+from loss import policy_loss, takes_whole_rows
 
 
 def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, temperature=1.0, top_k=0,
@@ -59,27 +59,27 @@ def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, t
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     dhidden, dweight = gradient_buffers(hidden, weight, dtype)
-    entropy = torch.empty(T, dtype=dtype, device=device)
-    loss, stats = torch.zeros((), dtype=dtype, device=device), {}
+    logp, entropy = torch.empty(2, T, dtype=dtype, device=device)
     make_chunk = TritonChunk if on_triton(hidden) else TorchChunk
     scratch = make_chunk.scratch(T, V, dtype, device)
     with torch.no_grad():
         for rows in chunks(T, V, device):
             truncation = (top_k, top_p, min_p)
             chunk = make_chunk(hidden[rows], weight, targets[rows], temperature, truncation, scratch)
-            entropy[rows] = chunk.entropy
-            some = tokens[rows]
-            share, dlogp, dentropy = loss_and_factors(chunk.logp, chunk.entropy, some, objective, stats)
-            loss += share
+            logp[rows], entropy[rows] = chunk.logp, chunk.entropy
             if dhidden is None and dweight is None:
                 continue
+            dlogp, dentropy = factors(chunk.logp, chunk.entropy, tokens[rows], objective)
             dz = chunk.logits_grad(dlogp, dentropy)  # (m, V)
             if dhidden is not None:
                 torch.mm(dz, weight, out=dhidden[rows])
             if dweight is not None:
                 add_outer_(dweight, dz, hidden[rows])
+            del chunk, dz  # or the next chunk's logits would stand beside these
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
+        # Once for all chunks: on a GPU its hundred small sums would make each chunk wait for the host.
+        loss, stats = policy_loss(logp, entropy=entropy, **tokens.arguments(), **objective)
     return _HandOut.apply(loss, hidden, weight, dhidden, dweight), entropy, stats
 
 
@@ -159,24 +159,19 @@ def truncate_rows(z, rows, *, targets, **truncation):
     return truncate_(z, keep=targets[rows], **truncation)
 
 
-def loss_and_factors(logp, entropy, tokens, objective, stats):
-    """The loss of a run of tokens, and autograd's dloss/dlogp and dloss/dentropy (m,);
-    the latter None without effect.
-
-    The sums of policy_loss are added to the dict `stats`.
-    """
+def factors(logp, entropy, tokens, objective):
+    """Autograd's dloss/dlogp and dloss/dentropy (m,) of a run of tokens; the latter None without effect."""
     logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
     with torch.enable_grad():
-        loss, more = policy_loss(logp, entropy=entropy, **tokens.arguments(), **objective)
+        loss, _ = policy_loss(logp, entropy=entropy, stats=False, **tokens.arguments(), **objective)
         dlogp = dentropy = None
         if loss.requires_grad:
             dlogp, dentropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
-    stats.update(add_stats(stats, more))
     if dlogp is None:
         dlogp = torch.zeros_like(logp)
     if dentropy is not None:
         dentropy = dentropy.contiguous()
-    return loss.detach(), dlogp, dentropy
+    return dlogp, dentropy
 
 
 class TorchChunk:

@@ -404,7 +404,7 @@ class Tokens:
 def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objective="clip",
                 aggregate="token", beta=0.0, kl="k3", kl_times_ratio=False, entropy_coef=0.0,
                 group_size=None, max_new_tokens=None, norm=None, lengths=None, weight=None, exact_kl=None,
-                sampler_logp=None, mismatch_clip=None, **options):  # fmt: skip
+                sampler_logp=None, mismatch_clip=None, stats=True, **options):  # fmt: skip
     """The loss of T completion tokens, and the sums that the log needs.
 
     Of each token, constant but for logp and entropy, detached here if they are not:
@@ -423,6 +423,7 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
                        With it, losses and gradients of any split of the rows add up to those of the step
     lengths (N,)       tokens of each whole row, by default counted here. Give it, and norm, to call this on
                        runs of tokens that cut rows; not where the objective has one ratio for a row
+    stats              False: the loss alone is wanted, and the dict comes empty
 
     The KL (times beta) and the entropy (times -entropy_coef) are added after clipping, under the same
     aggregation. kl_times_ratio multiplies the estimator by the token's own rho, with the gradient through
@@ -474,13 +475,17 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
         share = share / lengths.to(logp)[rows]  # (T,)
     loss = policy = (share * term).sum()
 
-    trained = torch.is_grad_enabled() and beta != 0  # at beta 0 the KL is logged and not trained on
-    with torch.set_grad_enabled(trained):
-        kls = kl_terms(logp, old, ref_logp, exact_kl, kl, kl_times_ratio)
+    kls = None
+    if beta or stats:
+        trained = torch.is_grad_enabled() and beta != 0  # at beta 0 the KL is logged and not trained on
+        with torch.set_grad_enabled(trained):
+            kls = kl_terms(logp, old, ref_logp, exact_kl, kl, kl_times_ratio)
     if beta:
         loss = loss + beta * (share * kls).sum()
     if entropy_coef:
         loss = loss - entropy_coef * (share * entropy).sum()
+    if not stats:
+        return loss, {}
     sums = dict(loss=loss, policy_loss=policy, kl=kls, entropy=entropy)
     return loss, measure(logp, sampler, low, high, **sums)
 
