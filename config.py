@@ -115,7 +115,8 @@ class Config:
     eval_max_new_tokens: int = 0  # 0: max_new_tokens
     # -- the run
     force: bool = False  # go on although the first batch shows that nothing can be learnt
-    checkpointing: str = "none"  # none | light: norms, SwiGLU again in the backward | layers: all again
+    # none | light: norms and SwiGLU again in the backward | layers: all again | auto: light on a GPU, else none
+    checkpointing: str = "auto"
     kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0
     out_dir: str = ""  # "": out/NAME of the config file; a run that is there already is moved to out/NAME.1
@@ -299,7 +300,7 @@ CHOICES = dict(
     kl=tuple(KL),
     combine=("sum", "normalize_then_sum"),
     kernels=("auto", "torch", "triton"),
-    checkpointing=("none", "light", "layers"),
+    checkpointing=("auto", "none", "light", "layers"),
     lora_merge=("auto", "on", "off"),
     schedule=("constant", "cosine", "linear"),
     wandb=("", "online", "offline"),

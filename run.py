@@ -54,8 +54,8 @@ class Run:
         self.identity = {key: self.keys[key] for key in rundir.IDENTITY}
         with ranks.together():  # before minutes of loading: is there a checkpoint, and is it this run's?
             self.id, self.resumed, moments, changed = self.find_checkpoint()
-            if cfg.scratch is None and not cfg.resume:
-                find_model(cfg.model)  # before a folder is moved: is there a model at all?
+            if not cfg.resume:
+                self.look_for_model()
         self.claim_folder(changed)
         with ranks.together():
             self.load_models()
@@ -63,6 +63,8 @@ class Run:
             if model is not None:
                 ranks.share_from_first(model.state_dict().values())
         self.model.checkpointing = cfg.checkpointing
+        if cfg.checkpointing == "auto":
+            self.model.checkpointing = "light" if self.model.device.type == "cuda" else "none"
         self.merges = merges_adapters(cfg, self.model)
         self.weights_changed()
         self.micro_tokens = cfg.micro_tokens  # 0: chosen by memory before the first update
@@ -120,6 +122,11 @@ class Run:
             ranks.say(f"resumed from step {self.state['step']}: {self.resumed}")
         if changed:
             ranks.say(f"changed since the run was started: {', '.join(changed)}")
+
+    def look_for_model(self):
+        """Before a folder is moved: is there a model at all? ValueError where there is not."""
+        if self.cfg.scratch is None:
+            find_model(self.cfg.model)
 
     def load_models(self):
         """The policy as it stands now, and the reference as it stood at the start."""

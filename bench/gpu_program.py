@@ -147,7 +147,7 @@ def update_operations(shape, P, C, G, B, frozen) -> int:
 
 def made_run(name, B, G, P, C, dtype, rank, merged, **keys):
     """A run of train.py on random weights, all of an update in one micro-batch unless keys say otherwise."""
-    keys = dict(micro_tokens=B * (P + G * C)) | keys
+    keys = dict(micro_tokens=B * (P + G * C), checkpointing="none") | keys
     cfg = make_config(
         V=SHAPES[name]["vocab_size"],
         P=P,
@@ -221,7 +221,7 @@ def trl_step(name, B, G, P, C, rank):
 
 def step(name, B, G, P, C, dtype, rank, merged=False):
     micro_tokens = max(49_152, P + G * C)
-    run = made_run(name, B, G, P, C, dtype, rank, merged, micro_tokens=micro_tokens)
+    run = made_run(name, B, G, P, C, dtype, rank, merged, micro_tokens=micro_tokens, checkpointing="auto")
     number = [0]
 
     def ours():

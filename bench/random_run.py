@@ -84,6 +84,9 @@ class MadeRun(Run):
         self.folder = tempfile.TemporaryDirectory()  # gone with the run
         super().__init__(replace(cfg, out_dir=self.folder.name))
 
+    def look_for_model(self):
+        """It is made."""
+
     def load_models(self):
         self.model = self.make_model(dtype=self.dtype, device=self.device)
         self.tokenizer, self.stop_ids, self.base = Ids(), [], ""

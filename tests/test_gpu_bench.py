@@ -153,3 +153,12 @@ def test_the_alarm_ends_a_run_and_the_table_still_comes():
     told = out.stdout + out.stderr
     assert out.returncode == 0 and "out of time" in told and "goal; peers" in told, told
     assert "attention fwd+bwd, 28/4 x 128: done" not in told  # which takes longer, wherever the alarm rang
+
+
+@pytest.mark.slow
+def test_updates_and_steps_of_the_program_run_dry():
+    command = [sys.executable, "bench/gpu.py", "--dry"]
+    command += ["--only=update 0.5B, 2 x 16 x (128 + 384), LoRA 32 merged", "--only=whole step 0.5B"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0 and "FAILED" not in out.stdout, out.stdout + out.stderr
+    assert out.stdout.count(": ours: done") == 2
