@@ -115,7 +115,7 @@ class Config:
     eval_max_new_tokens: int = 0  # 0: max_new_tokens
     # -- the run
     force: bool = False  # go on although the first batch shows that nothing can be learnt
-    # none | light: norms and SwiGLU again in the backward | layers: all again | auto: light on a GPU, else none
+    # none | light: norms and SwiGLU again in the backward | layers: all again | auto: light on a GPU
     checkpointing: str = "auto"
     kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0
