@@ -33,6 +33,14 @@ def start(device: str) -> str:
 class RankLost(Exception):
     """Another process of this run is gone, so nothing can be gathered any more."""
 
+    seen = False
+
+
+def finish():
+    """Takes leave of the other processes. One that simply exits can abort while a peer still talks to it."""
+    if dist.is_initialized() and not RankLost.seen:  # of one that is gone there is no leave to take
+        dist.destroy_process_group()
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -70,6 +78,7 @@ def collective(function, *arguments):
     try:
         function(*arguments)
     except RuntimeError as error:
+        RankLost.seen = True
         raise RankLost("a process of this run has died; what it said, if it had time to, is above") from error
 
 

@@ -34,6 +34,7 @@ import ranks
 import rewards as rewarding
 from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
 from evaluation import evaluate, refuse_hopeless, summary
+from fingerprint import fingerprint, hash_of_ids
 from head import policy_head
 from kernels.logprob import any_truncation
 from log import (
@@ -121,8 +122,9 @@ def train_step(run, number: int) -> dict:
     metrics = learn(run, step, batch)
 
     # The step is complete. From here on it counts: this is the one place where the run's state changes.
-    counts = gather((step.tokens_drawn, step.tokens_read))
-    drawn, read = [sum(of_ranks) for of_ranks in zip(*counts)]
+    ids = hash_of_ids(step.numbers, cfg.group_size, batch.out.ids)
+    counts = gather((step.tokens_drawn, step.tokens_read, ids))
+    drawn, read, ids = [sum(of_ranks) for of_ranks in zip(*counts)]
     num_tokens = run.state["num_tokens"] + drawn + read
     run.state = dict(step=number, num_tokens=num_tokens, advantage=advantage_state)
     run.sync_reference(number)
@@ -133,6 +135,7 @@ def train_step(run, number: int) -> dict:
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
     metrics |= reward_metrics(step.drawn, step.rewards)
     metrics |= completion_metrics(step.drawn)
+    metrics["fingerprint"] = fingerprint(ids, run.optimizer.fp32)
     metrics |= step.timer.metrics(drawn)
     metrics["frac_tokens_with_advantage"] = share_of_useful_tokens(batch)
     metrics["memory/peak_gb"] = peak_gb(run.device)
@@ -568,6 +571,7 @@ def main(cfg) -> int:
             raise  # a config that cannot run at all: there is nothing to save
         return stop(run, str(e))
     finish(run, before, after)
+    ranks.finish()
     return 0
 
 
@@ -603,6 +607,7 @@ def stop(run, reason: str) -> int:
     flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
     say(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True")
     ranks.tell_launcher(f"{reason}; {saved}" if rank() == 0 else reason)
+    ranks.finish()
     return 1
 
 

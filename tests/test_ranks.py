@@ -1,7 +1,10 @@
-"""Real runs on two processes beside the same run on one, and errors that every rank raises together."""
+"""Real runs on several processes beside the same run on one, and errors that every rank raises together."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -23,11 +26,16 @@ sys.exit(train.main(test_ranks.CASES[sys.argv[2]](Path(sys.argv[1]))))
 
 
 def fails_on_rank_1(completions, **_):
-    import os
-
     calls.append(1)
     if os.environ.get("RANK") == "1" and len(calls) == 3:
         raise OSError("no such service")
+    return even(completions)
+
+
+def dies_on_rank_1(completions, **_):
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory is short
     return even(completions)
 
 
@@ -43,30 +51,36 @@ CASES = {
     "resampling": case(resample_zero_groups=True, resample_budget=6, rewards=[(by_prompt, 1.0)]),
     "dropout": case(lora_rank=4, lora_alpha=8.0, lora_dropout=0.2, beta=0.1),
     "a failing reward": case(rewards=[(fails_on_rank_1, 1.0)], save_every=0),
+    "a killed process": case(rewards=[(dies_on_rank_1, 1.0)], save_every=0),
+    "not divisible": case(prompts_per_step=7),
 }
 
 
-def on_two(tmp_path, name, port):
+def on(processes, tmp_path, name):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command = [sys.executable, *launcher, str(script), str(tmp_path / "two"), name]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, str(script), str(tmp_path / "several"), name]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["minibatches", "resampling", "dropout"])
-def test_two_processes_learn_what_one_does(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, processes", [("minibatches", 2), ("minibatches", 4), ("resampling", 2), ("dropout", 2)]
+)
+def test_several_processes_learn_what_one_does(tmp_path, name, processes):
     """Minibatches, resampled prompts and dropout depended on the number of processes."""
-    out = on_two(tmp_path, name, 29531)
+    out = on(processes, tmp_path, name)
     assert out.returncode == 0, out.stdout + out.stderr
+    assert "Warning" not in out.stderr
     train.main(CASES[name](tmp_path / "one"))
-    one, two = [rows(tmp_path / folder / "run" / "metrics.jsonl") for folder in ("one", "two")]
-    for ours, theirs in zip(one, two, strict=True):
+    one, several = [rows(tmp_path / folder / "run" / "metrics.jsonl") for folder in ("one", "several")]
+    for ours, theirs in zip(one, several, strict=True):
+        assert ours["fingerprint"][:8] == theirs["fingerprint"][:8]  # the same ids in the same places
         for key in ("num_tokens", "resampled_prompts"):
             assert ours[key] == theirs[key]
         assert ours["reward"] == pytest.approx(theirs["reward"], abs=1e-12)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-    last = [weights(tmp_path / folder / "run" / "ckpt" / "step_000003") for folder in ("one", "two")]
+    last = [weights(tmp_path / folder / "run" / "ckpt" / "step_000003") for folder in ("one", "several")]
     for key, tensor in last[0].items():
         if not key.startswith("optimizer"):
             torch.testing.assert_close(last[1][key], tensor, rtol=0, atol=1e-6)
@@ -74,9 +88,27 @@ def test_two_processes_learn_what_one_does(tmp_path, name):
 
 def test_a_reward_that_fails_on_rank_1_is_said_once_and_the_last_step_is_saved(tmp_path):
     """It ended in gloo's 'Connection closed by peer': its sentence was nowhere, and the step was lost."""
-    out = on_two(tmp_path, "a failing reward", 29533)
+    out = on(2, tmp_path, "a failing reward")
     assert out.returncode != 0
     assert out.stdout.count("raised OSError: no such service") == 1, out.stdout + out.stderr
     assert "step_000002; go on with" in out.stdout
     assert "raised OSError: no such service; saved" in out.stderr  # on torchrun's page, too
-    assert (tmp_path / "two" / "run" / "ckpt" / "step_000002").is_dir()
+    assert (tmp_path / "several" / "run" / "ckpt" / "step_000002").is_dir()
+
+
+def test_a_process_that_is_killed_ends_the_run_with_a_sentence_and_a_save(tmp_path):
+    begin = time.monotonic()
+    out = on(2, tmp_path, "a killed process")
+    assert out.returncode != 0 and time.monotonic() - begin < 60
+    assert out.stdout.count("a process of this run has died") == 1, out.stdout + out.stderr
+    assert "saved" in out.stdout and "step_000002; go on with" in out.stdout
+    assert "Traceback" not in out.stdout  # ours; torchrun prints its own, and then the sentence once more
+    assert "a process of this run has died" in out.stderr.rpartition("Traceback")[2]
+    assert (tmp_path / "several" / "run" / "ckpt" / "step_000002").is_dir()
+
+
+def test_prompts_that_processes_cannot_share_evenly_are_refused_once(tmp_path):
+    out = on(2, tmp_path, "not divisible")
+    assert out.returncode != 0
+    assert (out.stdout + out.stderr).count("prompts_per_step") <= 2, out.stdout + out.stderr
+    assert "Traceback" not in out.stdout.replace("Traceback : ", "") and not (tmp_path / "several").exists()

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "shape": set(),
     "cache": set(),
     "rundir": {"checkpoint"},
+    "fingerprint": set(),
     # a model, and sampling from it
     "packing": set(),
     "model": {"packing", "shape"},
