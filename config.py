@@ -343,10 +343,10 @@ def refuse_shares(c: Config):
 
 
 def refuse_batch(c: Config):
-    if c.group_size == 1 and c.advantage != "none" and not callable(c.advantage):
+    if c.group_size == 1 and not callable(c.advantage):
         raise ValueError(
-            "group_size = 1 has no group to compare with, so every advantage would be 0: "
-            "use 2 or more, or advantage=none"
+            "group_size = 1 has no group to compare with, so every advantage would be 0: use 2 or more, "
+            "or an advantage of your own with another baseline (docs/plugins.md has a moving average)"
         )
     if c.prompts_per_step % c.minibatches:
         raise ValueError(

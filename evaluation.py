@@ -151,10 +151,11 @@ def first_batch(reward, stopped, texts, rows, ids, finds, *, temperature, max_ne
     return "\n".join(lines)
 
 
-def refuse_hopeless(reward, stopped, max_new_tokens: int):
+def refuse_hopeless(reward, stopped, max_new_tokens: int, within_groups=True):
     """ValueError, with the knob to turn, where nothing can be learnt from a batch.
 
-    reward (B, G), NaN for None; stopped: B * G bools.
+    reward (B, G), NaN for None; stopped: B * G bools. within_groups: completions are compared within their
+    groups, and not by an advantage of the config's own with a baseline from elsewhere.
     """
     (B, G), known = reward.shape, reward[~reward.isnan()].tolist()
     go_on = "or go on with --force=True"
@@ -168,7 +169,7 @@ def refuse_hopeless(reward, stopped, max_new_tokens: int):
             "the rewards could not score one completion of the first batch (all None): "
             f"look at the rows' columns with python eval.py, {go_on}"
         )
-    if len(flat_groups(reward)) < B:
+    if len(flat_groups(reward)) < B or not within_groups:
         return
     cut = 1 - sum(stopped) / len(stopped)
     if max(known) == min(known) > 0:

@@ -102,8 +102,7 @@ def advantages(rewards, *, scale="group", ddof=1, eps=1e-4, baseline=None):
         raise ValueError(f"ddof must be 0 or 1 and eps >= 0, got ddof={ddof}, eps={eps}")
     if G < 2 and scale != "none" and baseline is None:
         raise ValueError(
-            f"group size {G} leaves nobody to compare with: use group_size >= 2 "
-            '(scale="none" accepts 1, with A = 0)'
+            f"group size {G} leaves nobody to compare with: use group_size >= 2, or give a baseline"
         )
     # float64, on the CPU (MPS has none): (B, G) is tiny, and the numbers then do not depend on the device.
     r = rewards.detach().cpu().double()

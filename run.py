@@ -10,6 +10,7 @@ each of them from what the start left on the disk, not from what training has ma
 import contextlib
 import copy
 import dataclasses
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -77,6 +78,9 @@ class Run:
         )
         if moments is not None:
             self.optimizer.load_state(moments)
+        with ranks.together():
+            if ranks.rank() == 0:
+                self.check_room()
 
     def find_checkpoint(self):
         """(identity, folder, optimiser state, keys that have changed) of the run to go on with.
@@ -257,6 +261,37 @@ class Run:
             self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
             keep=self.cfg.keep,
         )  # fmt: skip
+
+    def check_room(self):
+        """Says, before the first step, that the disk is too small for the checkpoints that are to come.
+
+        With save_failure="stop" that is a ValueError. What the run has written before counts as written.
+        """
+        cfg, done = self.cfg, self.state["step"]
+        due = cfg.steps // cfg.save_every - done // cfg.save_every if cfg.save_every else 0
+        coming = max(due, int(cfg.steps > done))  # the last step is saved in any case
+        there = len(list((self.out / "ckpt").glob("step_*")))
+        if cfg.keep:
+            coming = min(coming, max(1, cfg.keep + 1 - there))  # an old one goes when the new one is whole
+        need, free = coming * self.checkpoint_bytes(), shutil.disk_usage(self.out).free
+        if need <= free:
+            return
+        sentence = (
+            f"{coming} more checkpoints of {need / coming / 1e9:.3g} GB need {need / 1e9:.3g} GB, and "
+            f"{free / 1e9:.3g} GB are free in {self.out}: make room, take another --out_dir, or --keep fewer"
+        )
+        if cfg.save_failure == "stop":
+            raise ValueError(sentence)
+        ranks.say(f"warning: {sentence}")
+
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint, about: what is saved of the model, and the optimiser's state."""
+        trained = sum(p.nbytes for p in self.optimizer.params)
+        model = sum(p.nbytes for p in self.model.parameters())
+        weights = trained if self.cfg.lora_rank else model
+        if self.cfg.ref_sync_every:
+            weights += model
+        return weights + sum(t.nbytes for t in self.optimizer.state().values())
 
     def write(self, folder: Path):
         save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base=self.base)

@@ -110,7 +110,12 @@ def train_step(run, number: int) -> dict:
     step.drawn = step.scores = gather_scores(batch)
     if number == 1 and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
-        refuse_hopeless(step.drawn.rewards, step.drawn.stopped, cfg.max_new_tokens)
+        refuse_hopeless(
+            step.drawn.rewards,
+            step.drawn.stopped,
+            cfg.max_new_tokens,
+            within_groups=not callable(cfg.advantage),
+        )
     if cfg.resample_zero_groups:
         resample(run, step, batch)
         step.scores = gather_scores(batch)

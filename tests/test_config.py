@@ -66,8 +66,11 @@ def test_mistakes_stop_with_what_to_type_instead(tmp_path, text, flags, words):
         configs.load([write(tmp_path, text), *flags])
 
 
-def test_group_of_one_is_allowed_where_it_makes_sense(tmp_path):
-    assert configs.load([write(tmp_path, "group_size, advantage = 1, 'none'\n")]).group_size == 1
+@pytest.mark.parametrize("advantage", ["group", "none", "batch", "rloo"])
+def test_a_group_of_one_is_refused_by_what_can_learn(tmp_path, advantage):
+    """The sentence advised advantage=none, with which a lone completion is its own mean too."""
+    with pytest.raises(ValueError, match="an advantage of your own with another baseline"):
+        configs.load([write(tmp_path, f"group_size, advantage = 1, {advantage!r}\n")])
 
 
 def test_a_missing_file_is_named():

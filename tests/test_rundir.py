@@ -1,6 +1,7 @@
 """rundir.py: a folder holds one run. Each test tells what once went wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,25 @@ def test_a_disk_that_is_full_is_said_and_leaves_no_half_save(tmp_path, monkeypat
     told = capsys.readouterr().out
     assert "step 2 could not be saved" in told and "No space left on device" in told
     assert not list((tmp_path / "run/ckpt").glob(".tmp*"))
+
+
+@pytest.mark.parametrize("keys, count", [(dict(keep=1), 2), (dict(keep=0), 4), (dict(save_every=0), 1)])
+def test_a_disk_too_small_for_what_will_be_saved_is_said_before_the_first_step(
+    tmp_path, monkeypatch, capsys, keys, count
+):
+    cfg = settings(tmp_path, **dict(save_every=1) | keys)
+    one = train.Run(cfg).checkpoint_bytes()
+    train.main(cfg)
+    saved = sum(f.stat().st_size for f in (tmp_path / "run" / "ckpt" / "step_000004").iterdir())
+    assert 0.8 * saved < one < saved  # what it counts with is what is written
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=count * one - 1))
+    capsys.readouterr()
+    assert train.main(cfg) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {count} more checkpoints of" in said
+    assert said.index("warning") < said.index("step   reward")
+    with pytest.raises(ValueError, match="make room"):
+        train.main(again(cfg, save_failure="stop"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=count * one))
+    assert train.main(cfg) == 0 and "warning" not in capsys.readouterr().out

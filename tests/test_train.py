@@ -21,6 +21,7 @@ import config as configs
 import head
 import kernels.logprob
 import lora
+import loss
 import model as models
 import rewards as rewarding
 import train
@@ -672,3 +673,17 @@ def test_rewards_of_finished_groups_are_computed_while_others_are_sampled_and_ch
     assert heard[1][1] < ends[1]  # the first group's, before the last row was drawn
     assert untimed(a) == untimed(b)
     assert all(torch.equal(p, q) for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters()))
+
+
+def over_all(rewards, prompts, state):
+    """Against a moving average of all rewards, so that one completion a prompt is enough."""
+    mean = state.get("mean", 0.5)
+    state = dict(mean=0.9 * mean + 0.1 * float(rewards.nanmean()))
+    baseline = torch.full_like(rewards, mean)
+    return loss.advantages(rewards, scale="none", baseline=baseline), state
+
+
+def test_a_group_of_one_learns_from_a_baseline_of_its_own(tmp_path):
+    cfg = settings(tmp_path, group_size=1, prompts_per_step=16, advantage=over_all)
+    assert train.main(cfg) == 0
+    assert all(row["grad_norm"] > 0 for row in rows(tmp_path / "run" / "metrics.jsonl"))
