@@ -31,19 +31,20 @@ def hash_of_ids(numbers: list[int], group_size: int, ids: list[list[int]]) -> in
 
 
 @torch.no_grad()
-def hash_of_weights(tensors: list[torch.Tensor]) -> int:
+def hash_of_weights(tensors: list[tuple[int, torch.Tensor]]) -> int:
     """Sum over tensors of the sum of their bits as integers, times an odd number of their own, modulo 2^32.
 
+    tensors: (number, tensor); those of several processes that share them add up to the hash of all.
     A bit that flips moves the sum by an odd multiple of a power of two below 2^32, which is not 0. On a GPU
     it is one pass over the weights and one wait.
     """
-    sums = []
-    for i, tensor in enumerate(tensors):
+    sums = [torch.zeros((), dtype=torch.int64)]
+    for i, tensor in tensors:
         bits = tensor.detach().view(AS_INTEGERS[tensor.element_size()])
         sums.append(bits.sum(dtype=torch.int64) * (2 * i + 1))
-    return int(torch.stack(sums).sum()) & WORD
+    return int(torch.stack([x.to(sums[-1].device) for x in sums]).sum()) & WORD
 
 
-def fingerprint(ids: int, tensors: list[torch.Tensor]) -> str:
-    """16 hexadecimal digits. ids: `hash_of_ids`, added up over all processes; tensors: what is trained."""
-    return f"{ids & WORD:08x}{hash_of_weights(tensors):08x}"
+def fingerprint(ids: int, weights: int) -> str:
+    """16 hexadecimal digits of the two hashes, each added up over all processes."""
+    return f"{ids & WORD:08x}{weights & WORD:08x}"

@@ -193,6 +193,14 @@ class Log:
             self.wandb.log(metrics, step=metrics["step"])
 
 
+    def close(self):
+        """The end of a run, whole or not."""
+        if self.active:
+            self.file.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
 def versions() -> dict:
     import transformers
 

@@ -14,8 +14,12 @@ moments), bf16 18 (and master).
 
     opt = AdamW(list(model.named_parameters()), lr=1e-6)
     for micro_batch in step: loss(micro_batch).backward()
-    for grad in opt.grads(): all_reduce(grad)               # only with several ranks
+    all_reduce(opt.grads())                                 # only with several ranks
     norm = opt.step(lr, max_norm=1.0); opt.zero_grad()
+
+Several ranks may share the moments and masters (ZeRO-1, arXiv:1910.02054): each then keeps and updates those
+of its own parameters alone, 12 of bf16's 18 bytes divided by the ranks, and gets the rest of the weights
+from their owners after each step. Same arithmetic, same bits.
 
 Papers: AdamW arXiv:1711.05101; mixed precision with master weights arXiv:1710.03740.
 """
@@ -38,6 +42,7 @@ NORM_PIECE = 1 << 18
 class AdamW:
     """AdamW over `named_params`, [(name, parameter)]; those with requires_grad=False are left out.
 
+    owners: the rank that updates each of the trained parameters, and `rank`, who we are; None: all are ours.
     weight_decay: decoupled (w -= lr * weight_decay * w), on tensors of at least `decay_from_dims` dims.
     Pulling norm gains and biases to zero changes the scale of whole layers and regularises nothing.
 
@@ -52,24 +57,32 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decay_from_dims: int = 2,
+        owners: list[int] | None = None,
+        rank: int = 0,
     ):
         trainable = [(name, param) for name, param in named_params if param.requires_grad]
         refuse_nothing_and_twice(trainable)
         self.names = [name for name, _ in trainable]
         self.params = [param for _, param in trainable]
 
-        # fp32[i] is what AdamW updates: params[i] itself, or its master copy where
-        # params[i] has fewer than 32 bits.
+        self.owners = owners
+        self.mine = [owners is None or owners[i] == rank for i in range(len(self.params))]
+
+        # fp32[i] is what AdamW updates, and where the gradient gathers: params[i] itself, or its master copy
+        # where params[i] has fewer than 32 bits. Of another rank's parameter we gather the gradient alone.
         self.fp32 = []
-        self.low = []  # (parameter, its master)
-        for param in self.params:
-            if param.dtype.itemsize < 4:
-                master = param.detach().float()
-                self.low.append((param, master))
-                self.fp32.append(master)
-            else:
-                self.fp32.append(param)
-        for param, master in self.low:
+        self.low = []  # (parameter, its master) of ours
+        for param, mine in zip(self.params, self.mine):
+            held = param
+            if param.dtype.itemsize < 4 and mine:
+                held = param.detach().float()
+                self.low.append((param, held))
+            elif param.dtype.itemsize < 4:
+                held = GradientOnly()
+            self.fp32.append(held)
+        for param, master in zip(self.params, self.fp32):
+            if master is param:
+                continue
             # Of two optimisers on one tensor the first's hook would take every
             # gradient and the second see none.
             if hasattr(param, "fp32_grad_hook"):
@@ -77,12 +90,16 @@ class AdamW:
             param.fp32_grad_hook = param.register_post_accumulate_grad_hook(partial(_accumulate, master))
 
         # Two groups, because torch has one weight decay a group.
-        decayed = [t for t in self.fp32 if t.dim() >= decay_from_dims]
-        plain = [t for t in self.fp32 if t.dim() < decay_from_dims]
+        self.updated = [t for t, mine in zip(self.fp32, self.mine) if mine]
+        decayed = [t for t in self.updated if t.dim() >= decay_from_dims]
+        plain = [t for t in self.updated if t.dim() < decay_from_dims]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in self.params)
+        # torch refuses no group at all: a rank may own nothing where there are more ranks than parameters
+        groups = groups or [{"params": [torch.zeros(0, requires_grad=True)], "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+        self.updates = torch.zeros(())  # how many there were: what torch counts for each parameter
         self._make_moments(fused)
 
     def _make_moments(self, fused: bool) -> None:
@@ -91,10 +108,14 @@ class AdamW:
         Made now and not at the first update: a run that has no memory for them fails before it has sampled
         anything, and state() of a run at step 0 has the same tensors as at any other.
         """
-        for t in self.fp32:
+        for t in self.updated:
             counter = torch.zeros((), dtype=torch.float32, device=t.device if fused else "cpu")
             moments = {moment: torch.zeros_like(t) for moment in MOMENTS}
             self.adamw.state[t] = {"step": counter, **moments}
+
+    def masters(self) -> list[tuple[int, Tensor]]:
+        """(number of the parameter, what is updated of it): of ours, where ranks share them."""
+        return [(i, t) for i, (t, mine) in enumerate(zip(self.fp32, self.mine)) if mine]
 
     def grads(self) -> Iterator[Tensor]:
         """The fp32 gradient of every parameter, in the order given, to be changed in place (all-reduce).
@@ -108,7 +129,7 @@ class AdamW:
             if t is not param:
                 _accumulate(t, param)  # a gradient that was assigned by hand: no hook has seen it
             if t.grad is None:
-                t.grad = torch.zeros_like(t)
+                t.grad = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
             yield t.grad
 
     @torch.no_grad()
@@ -142,14 +163,15 @@ class AdamW:
                 f"non-finite gradients in: {self._non_finite()}"
             )
         if max_norm:  # with the norm that is known already: torch's clip_grad_norm_ would take it again
-            clip_grads_with_norm_(self.fp32, max_norm, norm)
+            clip_grads_with_norm_(self.updated, max_norm, norm)
         # No scheduler object: its state would have to be saved, and restored, beside everything else.
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
+        self.updates += 1
         # torch's fused kernel does not count its writes. Counted, a backward through weights of before the
         # update is an error and not a wrong gradient, and lora.py sees that a merged weight is out of date.
-        increment_version(self.fp32)
+        increment_version(self.updated)
         self._round()
         return norm
 
@@ -170,43 +192,62 @@ class AdamW:
     def state(self) -> dict[str, Tensor]:
         """Everything the next update depends on, beside gradients and 32-bit weights, under flat names.
 
-        `step`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for each parameter below 32 bits. These
-        are the live tensors, not copies (a copy of all would not fit): write them before the next update.
+        `step`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for each parameter below 32 bits; of our
+        parameters, where ranks share them. These are the live tensors, not copies (a copy of all would not
+        fit): write them before the next update.
         """
         tensors = {}
-        for moment in MOMENTS:
-            for name, t in zip(self.names, self.fp32):
-                tensors[f"{moment}.{name}"] = self.adamw.state[t][moment]
-        for name, param, t in zip(self.names, self.params, self.fp32):
-            if t is not param:
-                tensors[f"master.{name}"] = t
-        # torch keeps a counter for each parameter; all are always updated together.
-        tensors["step"] = self.adamw.state[self.fp32[0]]["step"]
+        for name, param, t, mine in zip(self.names, self.params, self.fp32, self.mine):
+            if mine:
+                for moment in MOMENTS:
+                    tensors[f"{moment}.{name}"] = self.adamw.state[t][moment]
+                if t is not param:
+                    tensors[f"master.{name}"] = t
+        tensors["step"] = self.updates
+        return tensors
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """What state() is where nothing is shared, on the device "meta": names, shapes, dtypes and bytes."""
+        tensors = {"step": torch.empty((), device="meta")}
+        for name, param in zip(self.names, self.params):
+            kinds = MOMENTS if param.dtype.itemsize >= 4 else (*MOMENTS, "master")
+            wide = torch.promote_types(param.dtype, torch.float32)
+            tensors |= {
+                f"{kind}.{name}": torch.empty_like(param, dtype=wide, device="meta") for kind in kinds
+            }
         return tensors
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts back what state() gave, to the bit, and the weights that are roundings of a master.
 
-        The 32-bit weights are the caller's to load. Raises ValueError, with nothing changed, naming missing,
-        extra and misshapen tensors.
+        state is whole, whoever owns what: a run may be resumed on another number of ranks. The 32-bit weights
+        are the caller's to load. Raises ValueError, with nothing changed, naming missing, extra and misshapen
+        tensors.
         """
         # Copied into the live tensors, so that CUDA graphs and torch's own state keep their addresses.
-        mine = self.state()
-        refuse_other_state(state, mine)
-        for name, t in mine.items():
+        refuse_other_state(state, self.whole_state())
+        for name, t in self.state().items():
             t.copy_(state[name])
-        for t in self.fp32:
+        for t in self.updated:
             self.adamw.state[t]["step"].copy_(state["step"])
-        self._round()
+        for name, param in zip(self.names, self.params):
+            if param.dtype.itemsize < 4:  # in place: CUDA graphs hold these very addresses
+                param.copy_(state[f"master.{name}"])
 
     def _round(self) -> None:
-        """Weights below 32 bits := their masters, in place: CUDA graphs hold these very addresses."""
+        """Our weights below 32 bits := their masters, in place: CUDA graphs hold these very addresses."""
         if self.low:
             torch._foreach_copy_([param for param, _ in self.low], [master for _, master in self.low])
 
 
-def _accumulate(master: Tensor, param: nn.Parameter) -> None:
+class GradientOnly:
+    """Stands for the master of a parameter that another rank updates: its gradient gathers here, in fp32."""
+
+    grad: Tensor | None = None
+
+
+def _accumulate(master, param: nn.Parameter) -> None:
     """master.grad += param.grad in fp32, and param.grad is freed.
 
     autograd calls it at once for each gradient it made, so of all the 16-bit gradients

@@ -33,13 +33,18 @@ def start(device: str) -> str:
 class RankLost(Exception):
     """Another process of this run is gone, so nothing can be gathered any more."""
 
-    seen = False
 
+def end(status: int):
+    """Ends the process, when all is written.
 
-def finish():
-    """Takes leave of the other processes. One that simply exits can abort while a peer still talks to it."""
-    if dist.is_initialized() and not RankLost.seen:  # of one that is gone there is no leave to take
-        dist.destroy_process_group()
+    One of several leaves without the destructors of torch's threads: gloo's aborted one run in ten after its
+    last line, and torchrun then called the run failed (torch 2.13, two cores).
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def rank() -> int:
@@ -59,11 +64,95 @@ def gather(value) -> list:
     return values
 
 
+# Numbers that go over the wire in one call: 64 MB in fp32.
+BUCKET = 1 << 24
+
+
 def sum_over_ranks(tensors):
-    """Adds each tensor over all ranks, in place."""
-    if world() > 1:
-        for tensor in tensors:
-            collective(dist.all_reduce, tensor)
+    """Adds each tensor over all ranks, in place: in buckets, one call for many small ones."""
+    if world() == 1:
+        return
+    for bucket in in_buckets(tensors):
+        if len(bucket) == 1:
+            collective(dist.all_reduce, bucket[0])
+            continue
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        collective(dist.all_reduce, flat)
+        take_apart(flat, bucket)
+
+
+def in_buckets(tensors):
+    """Lists of neighbours of one dtype, of BUCKET numbers or one tensor at most: the same on every rank."""
+    bucket, size = [], 0
+    for tensor in tensors:
+        if bucket and (size + tensor.numel() > BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def take_apart(flat, tensors):
+    """The numbers of a bucket back into its tensors, in place."""
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, piece in zip(tensors, pieces):
+        tensor.copy_(piece.view_as(tensor))
+
+
+# ------------------------------------------------------------------------- an optimiser that ranks share
+def share_out(tensors) -> list[int]:
+    """A rank for each tensor: each goes to the rank that has the fewest numbers yet, the largest first."""
+    owners, held = [0] * len(tensors), [0] * world()
+    for i in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
+        owners[i] = held.index(min(held))
+        held[owners[i]] += tensors[i].numel()
+    return owners
+
+
+@torch.no_grad()
+def take_from_owners(tensors, owners: list[int] | None):
+    """Gives every rank the numbers of each tensor's owner, in place. None: they are everybody's already."""
+    if owners is None:
+        return
+    for owner in range(world()):
+        owned = [tensor for tensor, of in zip(tensors, owners) if of == owner]
+        for bucket in in_buckets(owned):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            collective(dist.broadcast, flat, owner)
+            if rank() != owner:
+                take_apart(flat, bucket)
+
+
+def gather_to_first(tensors: dict) -> dict:
+    """All ranks' tensors in one dict on rank 0, those of others on the CPU; {} on the others.
+
+    Names are of one rank each, except those that all have. Every rank must call it.
+    """
+    whole = {}
+    kinds = gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+    for owner, known in enumerate(kinds):
+        for name, (shape, dtype) in known.items():
+            if name in kinds[0] and owner:
+                continue  # rank 0 has it
+            tensor = tensors.get(name)
+            if owner:
+                tensor = one_to_first(tensor, owner, shape, dtype, next(iter(tensors.values())).device)
+            if rank() == 0:
+                whole[name] = tensor
+    return whole
+
+
+def one_to_first(tensor, owner: int, shape, dtype, device):
+    """A tensor of `owner`, on rank 0's CPU; None on the others."""
+    if rank() == owner:
+        collective(dist.send, tensor.contiguous(), 0)
+    elif rank() == 0:
+        room = torch.empty(shape, dtype=dtype, device=device)
+        collective(dist.recv, room, owner)
+        return room.cpu()
+    return None
 
 
 def share_from_first(tensors):
@@ -78,7 +167,6 @@ def collective(function, *arguments):
     try:
         function(*arguments)
     except RuntimeError as error:
-        RankLost.seen = True
         raise RankLost("a process of this run has died; what it said, if it had time to, is above") from error
 
 
@@ -107,7 +195,9 @@ def leave(sentence: str):
     """Ends the process with status 1; rank 0 says why. Also before `start`, by torchrun's own number."""
     first = rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
     tell_launcher(sentence)
-    sys.exit(sentence if first else 1)
+    if first:
+        print(sentence, file=sys.stderr)
+    end(1)
 
 
 def tell_launcher(sentence: str):

@@ -27,6 +27,7 @@ import ranks
 import rewards as rewarding
 import rundir
 import warmup
+from fingerprint import hash_of_weights
 from policy import find_model, load_policy, pick_device, save_policy
 from rollout import Sampler
 
@@ -70,11 +71,16 @@ class Run:
         self.weights_changed()
         self.micro_tokens = cfg.micro_tokens  # 0: chosen by memory before the first update
         self.sampler = Sampler(self.model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
+        owners = None
+        if cfg.shard_optimizer and ranks.world() > 1:
+            owners = ranks.share_out([p for p in self.model.parameters() if p.requires_grad])
         self.optimizer = optim.AdamW(
             list(self.model.named_parameters()),
             lr=cfg.lr,
             betas=(cfg.adam_beta1, cfg.adam_beta2),
             weight_decay=cfg.weight_decay,
+            owners=owners,
+            rank=ranks.rank(),
         )
         if moments is not None:
             self.optimizer.load_state(moments)
@@ -252,11 +258,21 @@ class Run:
             for r, p in zip(self.reference.parameters(), self.model.parameters()):
                 r.lerp_(p, self.cfg.ref_mix)
 
-    def save(self) -> Path:
-        """Writes ckpt/step_NNNNNN, whole or not at all."""
+    def moments(self) -> dict:
+        """The optimiser's state, on rank 0 whole whoever owns what. Every rank must call it."""
+        if self.optimizer.owners is None:
+            return self.optimizer.state()
+        return ranks.gather_to_first(self.optimizer.state())
+
+    def weights_hash(self) -> int:
+        """fingerprint.hash_of_weights of all that is trained. Every rank must call it."""
+        mine = hash_of_weights(self.optimizer.masters())
+        return mine if self.optimizer.owners is None else sum(ranks.gather(mine))
+
+    def save(self, moments: dict) -> Path:
+        """Writes ckpt/step_NNNNNN, whole or not at all. moments: the optimiser's, from `moments`."""
         state = {key: value for key, value in self.state.items() if key != "step"}
         state |= dict(model=self.identity, run=self.id)
-        moments = self.optimizer.state()
         return checkpoint.save(
             self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
             keep=self.cfg.keep,
@@ -291,7 +307,7 @@ class Run:
         weights = trained if self.cfg.lora_rank else model
         if self.cfg.ref_sync_every:
             weights += model
-        return weights + sum(t.nbytes for t in self.optimizer.state().values())
+        return weights + sum(t.nbytes for t in self.optimizer.whole_state().values())
 
     def write(self, folder: Path):
         save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base=self.base)

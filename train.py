@@ -140,7 +140,7 @@ def train_step(run, number: int) -> dict:
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
     metrics |= reward_metrics(step.drawn, step.rewards)
     metrics |= completion_metrics(step.drawn)
-    metrics["fingerprint"] = fingerprint(ids, run.optimizer.fp32)
+    metrics["fingerprint"] = fingerprint(ids, run.weights_hash())
     metrics |= step.timer.metrics(drawn)
     metrics["frac_tokens_with_advantage"] = share_of_useful_tokens(batch)
     metrics["memory/peak_gb"] = peak_gb(run.device)
@@ -354,6 +354,7 @@ def update(run, step, batch, groups, first: bool):
         grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
         run.whole = False  # until the step is complete
         run.optimizer.zero_grad()
+        ranks.take_from_owners(run.optimizer.params, run.optimizer.owners)
         run.weights_changed()
     return stats, grad_norm
 
@@ -556,7 +557,7 @@ def main(cfg) -> int:
         for number in range(first, cfg.steps + 1):
             # Between two steps everything is whole, so this is where a run can be left.
             if interrupt.on_any_rank():
-                return stop(run, "interrupted")
+                return stop(run, log, "interrupted")
             metrics = train_step(run, number)
             seconds = (time.perf_counter() - started) / (number - first + 1)
             say(line(run, metrics, seconds * (cfg.steps - number)))
@@ -574,9 +575,9 @@ def main(cfg) -> int:
     except (Stop, rewarding.RewardError, FloatingPointError, ValueError, ranks.RankLost, OSError) as e:
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
             raise  # a config that cannot run at all: there is nothing to save
-        return stop(run, str(e))
+        return stop(run, log, str(e))
     finish(run, before, after)
-    ranks.finish()
+    log.close()
     return 0
 
 
@@ -586,11 +587,12 @@ def due(number: int, every: int, last: int) -> bool:
 
 def save_or_say(run):
     """Saves on rank 0. Where the disk does not let it: says so, and goes on to the next save or stops."""
+    moments = run.moments()
     with ranks.together():
         if rank() != 0:
             return
         try:
-            run.save()
+            run.save(moments)
         except OSError as e:
             # The weights are in memory and the run is as well as before: hours of it need not end because a
             # disk is full for a while.
@@ -601,18 +603,21 @@ def save_or_say(run):
             say(f"{sentence}; going on to the next save")
 
 
-def stop(run, reason: str) -> int:
+def stop(run, log, reason: str) -> int:
     """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status."""
     saved = "nothing saved, since this step is half learnt: the last checkpoint stands"
     if run.whole:
         try:
-            saved = f"saved {run.save() if rank() == 0 else ''}"
+            moments = run.moments()
+            saved = f"saved {run.save(moments) if rank() == 0 else ''}"
         except OSError as e:
             saved = f"not saved ({reason_of(e)}); {safe(run)}"
+        except ranks.RankLost:
+            saved = f"not saved, because a part of the optimiser was that process's; {safe(run)}"
     flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
     say(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True")
     ranks.tell_launcher(f"{reason}; {saved}" if rank() == 0 else reason)
-    ranks.finish()
+    log.close()
     return 1
 
 
@@ -628,7 +633,7 @@ def safe(run) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(configs.load(sys.argv[1:])))
+        ranks.end(main(configs.load(sys.argv[1:])))
     except (ValueError, rewarding.RewardError, ranks.RankLost) as e:
         ranks.leave(f"train.py: {e}")
     except KeyboardInterrupt:

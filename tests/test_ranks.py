@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 
+import optim
+import ranks
 import train
-from conftest import ROOT, even, rows, settings, weights
+from conftest import ROOT, even, rows, same, settings, weights
 from test_train import by_prompt
 
 pytestmark = pytest.mark.slow
@@ -19,9 +21,14 @@ SCRIPT = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
+import ranks
 import train
 import test_ranks
-sys.exit(train.main(test_ranks.CASES[sys.argv[2]](Path(sys.argv[1]))))
+try:
+    status = train.main(test_ranks.CASES[sys.argv[2]](Path(sys.argv[1])))
+except ValueError as e:
+    ranks.leave(f"train.py: {{e}}")  # as train.py's last lines do
+ranks.end(status)
 """
 
 
@@ -53,14 +60,19 @@ CASES = {
     "a failing reward": case(rewards=[(fails_on_rank_1, 1.0)], save_every=0),
     "a killed process": case(rewards=[(dies_on_rank_1, 1.0)], save_every=0),
     "not divisible": case(prompts_per_step=7),
+    "bf16": case(dtype="bfloat16"),
+    "bf16, shared": case(dtype="bfloat16", shard_optimizer=True),
+    "lora, shared": case(lora_rank=4, lora_alpha=8.0, beta=0.1, shard_optimizer=True),
+    "lora": case(lora_rank=4, lora_alpha=8.0, beta=0.1),
+    "a killed process, shared": case(rewards=[(dies_on_rank_1, 1.0)], save_every=1, shard_optimizer=True),
 }
 
 
-def on(processes, tmp_path, name):
+def on(processes, tmp_path, name, folder="several"):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, str(script), str(tmp_path / "several"), name]
+    command = [sys.executable, *launcher, str(script), str(tmp_path / folder), name]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -110,5 +122,46 @@ def test_a_process_that_is_killed_ends_the_run_with_a_sentence_and_a_save(tmp_pa
 def test_prompts_that_processes_cannot_share_evenly_are_refused_once(tmp_path):
     out = on(2, tmp_path, "not divisible")
     assert out.returncode != 0
-    assert (out.stdout + out.stderr).count("prompts_per_step") <= 2, out.stdout + out.stderr
-    assert "Traceback" not in out.stdout.replace("Traceback : ", "") and not (tmp_path / "several").exists()
+    said = "train.py: prompts_per_step = 7 does not divide among 2 processes"
+    ours, _, launchers = (out.stdout + out.stderr).partition("Traceback")
+    assert ours.count(said) == 1 and said in launchers, out.stdout + out.stderr
+    assert not (tmp_path / "several").exists()
+
+
+@pytest.mark.parametrize("name, processes", [("bf16", 2), ("lora", 4)])
+def test_a_shared_optimiser_changes_no_bit_and_its_checkpoint_is_anybodys(tmp_path, name, processes):
+    for folder, which in (("apart", name), ("shared", f"{name}, shared")):
+        out = on(processes, tmp_path, which, folder)
+        assert out.returncode == 0, out.stdout + out.stderr
+    apart, shared = [tmp_path / folder / "run" for folder in ("apart", "shared")]
+    prints = [[row["fingerprint"] for row in rows(run / "metrics.jsonl")] for run in (apart, shared)]
+    assert prints[0] == prints[1]
+    last = [weights(run / "ckpt" / "step_000003") for run in (apart, shared)]
+    assert last[0].keys() == last[1].keys() and same(*last)
+    # One process goes on with either.
+    for folder, which in (("apart", name), ("shared", f"{name}, shared")):
+        cfg = CASES[which](tmp_path / folder)
+        assert train.main(type(cfg)(**{**cfg.__dict__, "steps": 5, "resume": True})) == 0
+    assert same(*[weights(run / "ckpt" / "step_000005") for run in (apart, shared)])
+
+
+def test_a_killed_process_takes_its_part_of_a_shared_optimiser_with_it(tmp_path):
+    out = on(2, tmp_path, "a killed process, shared")
+    assert out.returncode != 0
+    assert "not saved, because a part of the optimiser was that process's" in out.stdout, (
+        out.stdout + out.stderr
+    )
+    assert (tmp_path / "several" / "run" / "ckpt" / "step_000002").is_dir()  # as it was saved in time
+
+
+def test_each_rank_has_its_part_of_a_shared_optimiser_and_no_more(monkeypatch):
+    sizes = [7, 500, 30, 30, 500, 1, 400]
+    params = [(str(i), torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16))) for i, n in enumerate(sizes)]
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+    owners = ranks.share_out([p for _, p in params])
+    held = [0, 0, 0]
+    for rank in range(3):
+        opt = optim.AdamW(params, lr=0.1, owners=owners, rank=rank)
+        held[rank] = sum(t.nbytes for t in opt.state().values())
+    assert sum(held) - 8 == sum(t.nbytes for t in opt.whole_state().values())  # each counts its steps
+    assert max(held) < 1.5 * min(held)

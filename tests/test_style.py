@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"rollout", "rundir", "warmup"}
+MAY_IMPORT["run"] |= {"fingerprint", "rollout", "rundir", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
