@@ -21,6 +21,7 @@ import contextlib
 import signal
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ from log import (
     peak_gb,
     reward_metrics,
     show_sample,
+    write_answers,
     write_rollouts,
 )
 from loss import add_stats, highest, normaliser, normalize_then_sum
@@ -364,16 +366,21 @@ def accumulate_gradients(run, step, batch, groups, objective) -> dict:
             # A group's prompt stands once in the packed stream; the gradients of all its completions flow
             # into it.
             hidden, targets = model.completion_hidden(prompts, completions)  # (T, D), (T,)
+            logp = torch.empty_like(tokens.sampler_logp)  # (T,)
             loss, entropy, sums = policy_head(
-                hidden, model.head, targets, tokens, objective, reference=exact_reference, **step.sampling
-            )
+                hidden, model.head, targets, tokens, objective, reference=exact_reference, logp_out=logp,
+                **step.sampling,
+            )  # fmt: skip
             if not torch.isfinite(loss.detach()):
                 refuse_loss(run, step, loss, prompts, completions, tokens)
             loss.backward()  # gradients add up over micro-batches
         # Sums and not means, so that micro-batches, and ranks later, may be added up in any grouping.
         stats = add_stats(stats, sums)
-        for n, row in zip(numbers, entropy.split(tokens.lengths.tolist())):
-            batch.entropies.setdefault(n, row)
+        # Of the step's first update, when the weights are those that the rows were drawn with.
+        lengths = tokens.lengths.tolist()
+        for n, of_entropy, of_logp in zip(numbers, entropy.split(lengths), logp.split(lengths)):
+            batch.entropies.setdefault(n, of_entropy)
+            batch.logps.setdefault(n, of_logp)
     return stats
 
 
@@ -510,6 +517,7 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
                 run.rewards,
                 stop_ids=run.stop_ids,
                 stop=lambda: interrupt.asked,
+                on_answers=partial(write_answers, run),
                 **options,
             )
     return metrics, texts
