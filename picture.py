@@ -35,7 +35,7 @@ DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4")
 STYLE = """svg text{font:11px system-ui,-apple-system,"Segoe UI",sans-serif;fill:var(--muted)}
 svg .title{font-size:13px;font-weight:600;fill:var(--ink)}svg .unit{font-weight:400;fill:var(--muted)}
 svg .names tspan{fill:var(--ink)}svg .grid{stroke:var(--grid)}svg path{fill:none}
-svg .cross{stroke:var(--muted)}"""
+svg .cross{stroke:var(--muted)}svg .value{font-weight:600}"""
 
 DIFFERENCE = "sampling/sampling_logp_difference"
 PHASES = ("sample", "score", "reference", "train", "other")
@@ -170,8 +170,8 @@ def mean_of(values) -> float | None:
 
 
 def significant(value: float) -> float:
-    """To five digits, which is all that a page needs of a measurement."""
-    return float(f"{value:.5g}")
+    """To five digits, which is all that a page needs of a measurement. What is next to nothing is 0."""
+    return float(f"{value:.5g}") if abs(value) > 1e-300 else 0.0
 
 
 # ---------------------------------------------------------------------------------------- ranges, ticks
@@ -212,9 +212,9 @@ def ticks(low: float, high: float, log=False) -> list[float]:
 def short(value: float) -> str:
     """For an axis: 12,000 -> 12k, 0.00002 -> 2e-5."""
     if abs(value) >= 1e6:
-        return f"{value / 1e6:.4g}M"
+        return f"{value / 1e6:.3g}M"
     if abs(value) >= 1e4:
-        return f"{value / 1e3:.4g}k"
+        return f"{value / 1e3:.3g}k"
     if 0 < abs(value) < 1e-3:
         return re.sub("e-0?", "e-", f"{value:.0e}")
     return f"{value:.4g}"

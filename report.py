@@ -71,7 +71,7 @@ def read_run(path: str) -> Recorded:
     lines, damaged = read_objects(place)
     by_step = {}
     for row in lines:
-        if type(row.get("step")) is int:
+        if type(row.get("step")) is int and number(row["step"]) is not None:
             by_step[row["step"]] = row  # of a step that was written twice, the later
     about = config[0] if config else {}
     prefix = str(place).removesuffix("metrics.jsonl")
@@ -137,9 +137,10 @@ def answers_of(file: Path) -> list[dict]:
     """The answers to held-out problems after a step: {step, problem, prompt, text, right}."""
     answers = []
     for row in read_objects(file)[0]:
-        if is_text(row.get("completion")):
-            kept = {key: row.get(key) for key in ("step", "problem", "right")}
-            answers.append(kept | dict(prompt=prompt_text(row.get("prompt")), text=row["completion"]))
+        if is_text(row.get("completion")) and type(row.get("step")) is type(row.get("problem")) is int:
+            right = row.get("right") if type(row.get("right")) is bool else None
+            kept = dict(step=row["step"], problem=row["problem"], prompt=prompt_text(row.get("prompt")))
+            answers.append(kept | dict(text=row["completion"], right=right))
     return answers
 
 
@@ -154,11 +155,11 @@ def groups_of(rows: list[dict], prefill) -> list[dict]:
     """Completions to the same prompt, side by side: {step, prompt, rows} in the order of the file."""
     groups, last = [], None
     for row in rows:
-        if not is_text(row.get("completion")):
+        if not is_text(row.get("completion")) or type(row.get("step")) is not int:
             continue
-        key = row.get("step"), row.get("group"), row.get("prompt")
+        key = row["step"], row.get("group"), row.get("prompt")
         if not groups or key != last:
-            groups.append(dict(step=row.get("step"), prompt=prompt_text(row.get("prompt")), rows=[]))
+            groups.append(dict(step=row["step"], prompt=prompt_text(row.get("prompt")), rows=[]))
             last = key
         groups[-1]["rows"].append(row_for_page(row, prefill))
     return groups
@@ -263,7 +264,7 @@ def page(runs: list[Recorded], live="") -> str:
 
 def as_json(value) -> str:
     """JSON that can stand in a script element: ASCII, no "<" that could end it or begin a comment."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def colors() -> str:
@@ -337,17 +338,13 @@ def key_figures(run: Recorded):
         first, last = mean(steps[:some], key), mean(steps[-some:], key)
         if first is not None and last is not None:
             yield what, f"{first:{spec}} → {last:{spec}}", f"mean of {some} first and last steps"
-    planned, done = run.config.get("steps"), steps[-1]["step"]
-    yield (
-        "steps",
-        f"{done:,}",
-        f"of {planned:,}" if number(planned) is not None and planned != done else "all",
-    )
+    planned, done = number(run.config.get("steps")), steps[-1]["step"]
+    tokens = number(steps[-1].get("num_tokens"))
+    words = [] if planned is None else [f"of {planned:,}"]
+    words += [] if tokens is None else [f"{picture.short(tokens)} tokens"]
+    yield "steps", f"{done:,}", ", ".join(words)
     spent = sum(number(row.get("step_time")) or 0.0 for row in steps)
     yield "time in steps", duration(spent), f"{duration(spent / len(steps))} a step"
-    tokens = number(steps[-1].get("num_tokens"))
-    if tokens is not None:
-        yield "tokens", picture.short(tokens), "prompts and answers"
     peaks = [number(row.get("memory/peak_gb")) or 0.0 for row in steps]
     yield "peak memory", f"{max(peaks):.3g} GB", ""
 
@@ -374,9 +371,10 @@ def duration(seconds: float) -> str:
 def settings(runs: list[Recorded]) -> str:
     """What each run was started with: first the keys that are not the defaults or that differ, then all."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    telling = {key for run in runs for key in run.about.get("differs") or [] if is_text(key)}
+    listed = [run.about["differs"] for run in runs if isinstance(run.about.get("differs"), list)]
+    telling = {key for some in listed for key in some if is_text(key)}
     if len(runs) > 1:
-        telling = {key for key in keys if len({as_json(run.config.get(key)) for run in runs}) > 1}
+        telling = {key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1}
     about = dict.fromkeys(key for run in runs for key in run.about)
     about = [key for key in about if key not in ("config", "differs", "trained")]
     sections = []
