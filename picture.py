@@ -2,12 +2,12 @@
 
     picture.draw([("arithmetic", rows)])        # one picture of all panels; rows: of metrics.jsonl, by step
 
-report.py puts the same panels into its page, where they answer to the pointer. A panel shows one run's
-keys, or the most telling one of each of several runs. It is drawn from what is there: a key that no row has
-leaves its panel out, a value that is no number is a gap, and a run of one step is a point.
+report.py puts the same panels into its page, where they answer to the pointer. A panel is drawn from what is
+there: a key that no row has leaves its curve out, a value that is no number is a gap, and a run of one step
+is a point. Of several runs each has a colour, and of one run each key.
 
 Colours are names, var(--c0) and so on, which the page gives values for light and dark; `draw` puts in those
-of paper. No two curves of a panel differ by colour alone.
+of paper. No two keys differ by colour alone.
 """
 
 import html
@@ -47,7 +47,7 @@ class Panel:
 
     title: str
     unit: str
-    curves: dict  # key -> name; the first is the one that several runs are compared by
+    curves: dict  # key -> name
     band: tuple = ()  # keys of the lower and the upper end of a band around the first curve
     scale: float = 1.0  # what values are multiplied by
     style: str = "noisy"  # a smooth line over a thin one | plain | dots
@@ -85,23 +85,22 @@ PANELS = [
 def panels(runs: list[tuple]) -> list[dict]:
     """What there is to draw of runs (name, rows): for each panel its curves, bands and ranges x and y.
 
-    A curve: name, style (noisy, plain or dots), points [[step, value or None]]. A band: [[step, low, high]].
-    All of it JSON can hold.
+    A curve: name, color, dash (numbers of COLORS and DASHES), style (noisy, plain or dots), points [[step,
+    value or None]]. A band: [[step, low, high]], one a run. All of it JSON can hold.
     """
     steps = [rows[i]["step"] for _, rows in runs if rows for i in (0, -1)]
     x = [min(steps), max(steps)] if steps else [0, 1]
     drawn = []
     for panel in PANELS:
         curves, bands = [], []
-        for name, key, rows in wanted_curves(panel, runs):
-            points = [[step, *values] for step, values in points_of(rows, [key], panel.scale)]
-            same = [curve for curve in curves if curve["points"] == points and len(runs) == 1]
-            if same:  # which would hide the other, or be hidden
-                same[0]["name"] += f" = {name}"
-            elif any(value is not None for _, value in points):
-                style = "dots" if key.startswith("eval/") else panel.style
-                curves.append(dict(name=name, points=points, style=style))
-        for _, rows in runs:
+        for i, (name, rows) in enumerate(runs):
+            found = curves_of(panel, rows, alone=len(runs) == 1)
+            for dash, curve in enumerate(found):
+                if len(runs) > 1:
+                    label = f"{name} {curve['name']}" if len(found) > 1 else name
+                    curves.append(curve | dict(name=label, color=i % 5, dash=dash % 5))
+                else:
+                    curves.append(curve | dict(color=dash % 5, dash=dash % 5))
             rows = with_spread(rows) if "low" in panel.band else rows
             points = points_of(rows, panel.band, panel.scale) if panel.band else []
             bands.append([[step, *ends] for step, ends in points if None not in ends])
@@ -112,18 +111,26 @@ def panels(runs: list[tuple]) -> list[dict]:
     return drawn
 
 
-def wanted_curves(panel: Panel, runs: list[tuple]) -> list[tuple]:
-    """(name, key, rows) of each curve: all of one run, or the most telling one of each of several."""
-    if len(runs) > 1:
-        key = panel.total or next(iter(panel.curves))
-        return [(name, key, rows) for name, rows in runs]
-    rows, keys = runs[0][1], dict(panel.curves)
-    if "reward" in keys:
+def curves_of(panel: Panel, rows: list[dict], alone: bool) -> list[dict]:
+    """The curves {name, style, points} of a run; of one that is not alone fewer, since they share a panel."""
+    keys = dict(panel.curves)
+    if not alone and panel.total:
+        keys = {panel.total: "step"}
+    if alone and "reward" in keys:
         found = dict.fromkeys(key for row in rows for key in row)
         parts = [key for key in found if re.fullmatch("rewards/.+/mean", key)]
         if len(parts) > 1:  # a single one is the reward itself
             keys |= {key: key.removeprefix("rewards/").removesuffix("/mean") for key in parts}
-    return [(name, key, rows) for key, name in keys.items()]
+    curves = []
+    for key, name in keys.items():
+        points = [[step, *values] for step, values in points_of(rows, [key], panel.scale)]
+        same = [curve for curve in curves if curve["points"] == points]
+        if same:  # which would hide the other, or be hidden
+            same[0]["name"] += f" = {name}"
+        elif any(value is not None for _, value in points):
+            style = "dots" if key.startswith("eval/") else panel.style
+            curves.append(dict(name=name, style=style, points=points))
+    return curves
 
 
 def with_spread(rows: list[dict]) -> list[dict]:
@@ -290,31 +297,33 @@ def axes(panel: dict, frame: Frame):
 
 def lines(panel: dict, frame: Frame):
     """Each curve as it is, thin, and smoothed over it; evaluations as points on a line."""
-    for i, curve in enumerate(panel["curves"]):
-        color, points, style = f"stroke:var(--c{i % 5})", curve["points"], curve["style"]
+    for curve in panel["curves"]:
+        color, points, style = f"var(--c{curve['color']})", curve["points"], curve["style"]
         known = [[step, value] for step, value in points if value is not None]
-        dash = f'stroke-dasharray="{DASHES[i % 5]}"' if DASHES[i % 5] else ""
+        dashes = DASHES[curve["dash"]]
+        dash = f'stroke-dasharray="{dashes}"' if dashes else ""
         if style == "dots" or len(known) == 1:
             for step, value in known:
                 if value > 0 or not panel["log"]:
                     place = f'cx="{frame.x(step):.1f}" cy="{frame.y(value):.1f}"'
-                    yield f'<circle {place} r="3" style="fill:var(--c{i % 5})"/>'
+                    yield f'<circle {place} r="3" style="fill:{color}"/>'
         if style == "noisy":
-            yield f'<path d="{frame.path(points)}" style="{color};stroke-width:.7;stroke-opacity:.45"/>'
+            thin = "stroke-width:.7;stroke-opacity:.45"
+            yield f'<path d="{frame.path(points)}" style="stroke:{color};{thin}"/>'
             points = smooth(points)
-        yield f'<path d="{frame.path(points)}" style="{color};stroke-width:1.8" {dash}/>'
+        yield f'<path d="{frame.path(points)}" style="stroke:{color};stroke-width:1.8" {dash}/>'
 
 
 def areas(panel: dict, frame: Frame):
     """The curves as areas, each upon those before it."""
     height, top = {}, panel["y"][1]
-    for i, curve in enumerate(panel["curves"]):
+    for curve in panel["curves"]:
         band = []
         for step, value in curve["points"]:
             low = height.get(step, 0.0)
             height[step] = low + max(0.0, value or 0.0)
             band.append([step, min(low, top), min(height[step], top)])
-        yield f'<path d="{frame.area(band)}" style="fill:var(--c{i % 5});fill-opacity:.75"/>'
+        yield f'<path d="{frame.area(band)}" style="fill:var(--c{curve["color"]});fill-opacity:.75"/>'
 
 
 def heading(panel: dict):
@@ -323,8 +332,8 @@ def heading(panel: dict):
     yield f'<text class="title" x="2" y="13">{title}<tspan class="unit" dx="8">{unit}</tspan></text>'
     names = []
     for i, curve in enumerate(panel["curves"]):
-        mark = "■" if panel["stack"] or i == 0 else ("", "╍", "┄", "╌", "·")[i % 5]
-        mark = f'<tspan dx="{10 if i else 0}" style="fill:var(--c{i % 5})">{mark}</tspan>'
+        mark = "■" if panel["stack"] or not curve["dash"] else "╍┄╌·"[curve["dash"] - 1]
+        mark = f'<tspan dx="{10 if i else 0}" style="fill:var(--c{curve["color"]})">{mark}</tspan>'
         names.append(f'{mark}<tspan dx="4">{escape(curve["name"])}</tspan><tspan class="value" dx="4"/>')
     yield f'<text class="names" x="2" y="29">{"".join(names)}</text>'
 

@@ -20,6 +20,7 @@ import glob
 import hashlib
 import json
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -235,11 +236,13 @@ def is_text(value) -> bool:
 # ----------------------------------------------------------------------------------------------- the page
 def page(runs: list[Recorded], live="") -> str:
     """The page of one run or of two. live: their stamp, where the page is to look for news at its server."""
-    named = [(run.name, run.rows) for run in runs]
-    panels = picture.panels(named)
+    names = [run.name for run in runs]
+    if len(runs) > 1:  # letters fit into a panel, and two runs may have one name
+        names = ["A", "B"]
+    panels = picture.panels([(name, run.rows) for name, run in zip(names, runs)])
     svgs = [picture.svg(panel, i, 'tabindex="0"') for i, panel in enumerate(panels)]
     data = dict(
-        names=[run.name for run in runs],
+        names=names,
         items=side_by_side(runs),
         answers=answer_pairs(runs),
         panels=panels,
@@ -250,9 +253,9 @@ def page(runs: list[Recorded], live="") -> str:
         title=escape(" and ".join(run.name for run in runs)),
         colors=colors(),
         svg_style=picture.STYLE,
-        head="".join(head(run) for run in runs),
+        head="".join(head(run, name, i) for i, (run, name) in enumerate(zip(runs, names))),
         curves="".join(svgs) or "<p>No step has been taken yet.</p>",
-        settings=settings(runs),
+        settings=settings(runs, names),
         data=as_json(data),
     )
     template = PAGE.read_text(encoding="utf-8")
@@ -300,7 +303,7 @@ def answer_pairs(runs: list[Recorded]) -> dict | None:
             pairs.append(dict(prompt=answer["prompt"], texts=texts, right=right))
     if not pairs:
         return None
-    names = [run.name for run in runs]
+    names = ["A", "B"]
     if len(runs) == 1:
         names = [
             f"after step {some[0]['step']}" if some[0]["step"] else "before training" for some in (old, new)
@@ -308,8 +311,9 @@ def answer_pairs(runs: list[Recorded]) -> dict | None:
     return dict(names=names, pairs=pairs)
 
 
-def head(run: Recorded) -> str:
+def head(run: Recorded, name: str, color: int) -> str:
     """A run's name, what it trained, and its few numbers that matter most."""
+    badge = "" if name == run.name else f'<b style="color:var(--c{color})">{escape(name)}</b> '
     figures = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd><dd class=note>{escape(note)}</dd></div>"
         for label, value, note in key_figures(run)
@@ -318,7 +322,7 @@ def head(run: Recorded) -> str:
     said = [about] if is_text(about) else []
     said += run.notes
     words = "".join(f"<p class=muted>{escape(sentence)}</p>" for sentence in said)
-    return f"<header><h1>{escape(run.name)}</h1>{words}<dl class=figures>{figures}</dl></header>"
+    return f"<header><h1>{badge}{escape(run.name)}</h1>{words}<dl class=figures>{figures}</dl></header>"
 
 
 def key_figures(run: Recorded):
@@ -368,7 +372,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def settings(runs: list[Recorded]) -> str:
+def settings(runs: list[Recorded], names: list[str]) -> str:
     """What each run was started with: first the keys that are not the defaults or that differ, then all."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     listed = [run.about["differs"] for run in runs if isinstance(run.about.get("differs"), list)]
@@ -379,21 +383,28 @@ def settings(runs: list[Recorded]) -> str:
     about = [key for key in about if key not in ("config", "differs", "trained")]
     sections = []
     if telling:
-        what = "differs from the defaults" if len(runs) == 1 else "differs between the two"
+        what = "differs from the defaults" if len(runs) == 1 else "differs between A and B"
         rows = [[key, *(run.config.get(key) for run in runs)] for key in keys if key in telling]
-        sections.append(f"<h3>{what}</h3>{table(runs, rows)}")
-    rows = [[key, *(run.about.get(key) for run in runs)] for key in about]
-    sections.append(f"<h3>versions and command</h3>{table(runs, rows)}")
+        sections.append(f"<h3>{what}</h3>{table(names, rows)}")
+    rows = [[key, *(in_a_line(run.about.get(key)) for run in runs)] for key in about]
+    sections.append(f"<h3>versions and command</h3>{table(names, rows)}")
     rows = [[key, *(run.config.get(key) for run in runs)] for key in keys]
-    sections.append(f"<details><summary>all {len(rows)} keys</summary>{table(runs, rows)}</details>")
+    sections.append(f"<details><summary>all {len(rows)} keys</summary>{table(names, rows)}</details>")
     return "".join(sections)
 
 
-def table(runs: list[Recorded], rows: list[list]) -> str:
+def in_a_line(value):
+    """A list of words, such as the command, as a shell takes it; any other value as it is."""
+    if isinstance(value, list) and all(map(is_text, value)):
+        return shlex.join(value)
+    return value
+
+
+def table(names: list[str], rows: list[list]) -> str:
     """A table of keys and, in a column a run, values."""
     lines = []
-    if len(runs) > 1:
-        lines.append("<tr><th></th>" + "".join(f"<th>{escape(run.name)}</th>" for run in runs) + "</tr>")
+    if len(names) > 1:
+        lines.append("<tr><th></th>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>")
     for key, *values in rows:
         cells = [value if is_text(value) else json.dumps(value) for value in values]
         lines.append(

@@ -11,7 +11,7 @@ head.py, loss.py), then AdamW (optim.py) -> one line on the screen and one row i
 
 What stays the same over the steps is made once, in run.py. What a step draws and learns is a function of
 the config, the seed and the step's number, so a run that is killed and resumed ends with the same bits as
-one that was not. out/NAME/ holds what a run made: config.json, metrics.jsonl, rollouts/, ckpt/.
+one that was not. out/NAME/ holds what a run made: config.json, metrics.jsonl, rollouts/, ckpt/, report.html.
 
 Dims: B prompts a step, G completions a prompt, N = B * G rows of the step, n of them on this rank; R
 rewards; T completion tokens of a micro-batch.
@@ -32,6 +32,7 @@ import data
 import lora
 import optim
 import ranks
+import report
 import rewards as rewarding
 from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
 from evaluation import evaluate, refuse_hopeless, summary
@@ -576,6 +577,7 @@ def main(cfg) -> int:
             raise  # a config that cannot run at all: there is nothing to save
         return stop(run, str(e))
     finish(run, before, after)
+    say_report(run)
     return 0
 
 
@@ -610,8 +612,15 @@ def stop(run, reason: str) -> int:
             saved = f"not saved ({reason_of(e)}); {safe(run)}"
     flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
     say(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True")
+    say_report(run)
     ranks.tell_launcher(f"{reason}; {saved}" if rank() == 0 else reason)
     return 1
+
+
+def say_report(run):
+    """Writes report.html, the page of the run. The run is over: nothing depends on it."""
+    if rank() == 0:
+        say(report.at_the_end(run.out))
 
 
 def reason_of(error: OSError) -> str:

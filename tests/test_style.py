@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "shape": set(),
     "cache": set(),
     "rundir": {"checkpoint"},
+    "picture": set(),
+    "report": {"picture"},  # reads what a run left: nothing of a run knows of it but train.py's last line
     # a model, and sampling from it
     "packing": set(),
     "model": {"packing", "shape"},
