@@ -179,7 +179,7 @@ def row_for_page(row: dict, prefill) -> dict:
         length=len(ids) if isinstance(ids, list) else None,
         text=text,
     )
-    if not isinstance(tokens, list) or not tokens or not all(map(is_text, tokens)):
+    if not isinstance(tokens, list) or not tokens or not set(map(type, tokens)) == {str}:
         return shown
     start = len(prefill) if is_text(prefill) and text.startswith(prefill) else 0
     shown["start"] = start
@@ -188,7 +188,7 @@ def row_for_page(row: dict, prefill) -> dict:
     for name, unit in (("logprobs", 1e3), ("entropy", 1e3), ("difference", 1e6)):
         values = row.get(name)
         if isinstance(values, list) and len(values) == len(tokens):
-            shown[name] = [round(unit * (number(value) or 0.0)) for value in values]
+            shown[name] = in_units(values, unit)
     return shown
 
 
@@ -198,6 +198,10 @@ def token_widths(text: str, tokens: list[str], start: int, stopped: bool) -> lis
     0 for a token that shows nothing: the stop token, or all but the last of the tokens that are one
     character together (the text of each of them is U+FFFD).
     """
+    said = tokens[:-1] if stopped else tokens
+    units = len(text.encode("utf-16-le", "surrogatepass")) // 2
+    if "".join(said) == text[start:] and units == len(text):  # most often so, and there are millions of tokens
+        return [*map(len, said), *[0] * stopped]
     ends, at = [], start
     for token in tokens:
         whole = token.replace("\ufffd", "")
@@ -214,6 +218,14 @@ def token_widths(text: str, tokens: list[str], start: int, stopped: bool) -> lis
         widths.append(len(text[at:end].encode("utf-16-le", "surrogatepass")) // 2)
         at = end
     return widths
+
+
+def in_units(values: list, unit: float) -> list[int]:
+    """The values as whole multiples of 1 / unit; 0 for one that is no number."""
+    try:
+        return [round(unit * value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        return [round(unit * (number(value) or 0.0)) for value in values]
 
 
 def prompt_text(prompt) -> str:
