@@ -200,7 +200,7 @@ def token_widths(text: str, tokens: list[str], start: int, stopped: bool) -> lis
     """
     said = tokens[:-1] if stopped else tokens
     units = len(text.encode("utf-16-le", "surrogatepass")) // 2
-    if "".join(said) == text[start:] and units == len(text):  # most often so, and there are millions of tokens
+    if "".join(said) == text[start:] and units == len(text):  # most often so, of millions of tokens
         return [*map(len, said), *[0] * stopped]
     ends, at = [], start
     for token in tokens:
