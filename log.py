@@ -104,7 +104,12 @@ def peak_gb(device: str) -> float:
 
 # ----------------------------------------------------------------------------------------------- files
 def write_rollouts(run, step, batch):
-    """rollouts/step_000010.jsonl: one object a completion, prompts in order (rank 0's share of them)."""
+    """rollouts/step_000010.jsonl: one object a completion, prompts in order (rank 0's share of them).
+
+    Of each token its id, its text, the sampler's log-probability, the trainer's entropy, and by how much the
+    trainer's log-probability differs from the sampler's, in nats; the last two are null for a row that the
+    update did not need. `group` is the prompt's number in the step.
+    """
     if rank() != 0:
         return
     folder = run.out / "rollouts"

@@ -111,8 +111,8 @@ def read_rollouts(run: Recorded, parent: Path, stem: str):
     for pattern in ("rollouts/*.jsonl", "rollouts_*.jsonl"):
         files += parent.glob(glob.escape(stem) + pattern)
     files.sort(key=lambda file: (len(file.name), file.name))
-    evaluations = [file for file in files if "eval_" in file.name]
-    training = [file for file in files if "eval_" not in file.name]
+    evaluations = [file for file in files if re.search(r"eval_\d+\.jsonl$", file.name)]
+    training = [file for file in files if file not in evaluations]
     chosen = evenly(training, FILES)
     share = BYTES // max(1, len(chosen))
     unread = shortened = 0

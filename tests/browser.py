@@ -4,6 +4,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 
@@ -58,6 +59,8 @@ class Browser:
     def read(self) -> dict:
         """The next message; what a page does by itself is noted."""
         while b"\0" not in self.unread:
+            ready, _, _ = select.select([self.back], [], [], 60)
+            assert ready, "the browser has said nothing for a minute"
             some = os.read(self.back, 1 << 20)
             assert some, "the browser has ended"
             self.unread += some
@@ -76,8 +79,12 @@ class Browser:
         for step in ("about:blank", url):  # else a page that differs by its hash is not read anew
             self.errors, self.requests, self.loaded = [], [], False
             self.call("Page.navigate", url=step)
-            while not self.loaded:
-                self.read()
+            self.wait()
+
+    def wait(self):
+        """Until a page has been loaded since `loaded` was False."""
+        while not self.loaded:
+            self.read()
 
     def ask(self, script: str):
         """The value of a JavaScript expression in the page."""

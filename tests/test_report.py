@@ -3,6 +3,7 @@
 The page's JavaScript is tried in a headless Chromium (apt-get install chromium), where there is one.
 """
 
+import contextlib
 import html.parser
 import json
 import math
@@ -139,11 +140,25 @@ def test_what_trainer_and_sampler_differ_by_is_found_by_token(tmp_path, monkeypa
     assert seen and all(abs(x - 0.01) < 1e-4 for x in seen)
 
 
-def test_a_report_that_cannot_be_written_fails_no_run(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "report.html").mkdir()  # nothing can be written there
+def test_a_report_that_cannot_be_written_fails_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "PAGE", tmp_path / "gone.html")
     assert train.main(settings(tmp_path, steps=1)) == 0
-    assert "no report could be written (IsADirectoryError" in capsys.readouterr().out
+    assert "no report could be written (FileNotFoundError" in capsys.readouterr().out
+
+
+def test_a_run_that_stops_early_leaves_its_page(tmp_path):
+    calls = []
+
+    def breaks(completions, **_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no more")
+        return [float(len(text) % 2) for text in completions]
+
+    assert train.main(settings(tmp_path, rewards=[(breaks, 1.0)])) == 1
+    text, data = page_of(tmp_path / "run")
+    assert (tmp_path / "run/report.html").read_text() == text
+    assert data["panels"][0]["x"] == [1, 2]
 
 
 # --------------------------------------------------------------------------------------------------- text
@@ -335,13 +350,24 @@ def get(url, host=None):
         return answer.read().decode()
 
 
-def test_serve_shows_the_run_as_it_is_now(tmp_path):
-    write_run(tmp_path, [metrics_row(1)])
-    words = [sys.executable, "report.py", str(tmp_path), "--serve", "--port=0"]
+@contextlib.contextmanager
+def served(folder):
+    """The address at which report.py --serve shows a run, until it gets a Ctrl-C."""
+    words = [sys.executable, "report.py", str(folder), "--serve", "--port=0"]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         url = server.stdout.readline().split()[0]
         assert url.startswith("http://127.0.0.1:")
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) == 0
+        server.stdout.close()
+
+
+def test_serve_shows_the_run_as_it_is_now(tmp_path):
+    write_run(tmp_path, [metrics_row(1)])
+    with served(tmp_path) as url:
         before = get(f"{url}/stamp")
         assert f'"live":"{before}"' in get(url)
         write_run(tmp_path, [metrics_row(1), metrics_row(2, reward=7.5)])
@@ -351,10 +377,6 @@ def test_serve_shows_the_run_as_it_is_now(tmp_path):
                 get(url + path, host)
         (tmp_path / "metrics.jsonl").unlink()
         assert "there is no run in" in get(url)
-    finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(10) == 0
-        server.stdout.close()
 
 
 # ----------------------------------------------------------------------------------------------- in a browser
@@ -453,6 +475,19 @@ def test_colours_values_and_answers(tab, tmp_path):
     tab.click("#kinds button:nth-child(2)")
     assert "p0" in tab.text("#answers") and "p1" not in tab.text("#answers")
     assert not tab.errors and len(tab.requests) == 1  # the page, and nothing from anywhere
+
+
+@no_browser
+@pytest.mark.slow
+def test_a_served_page_follows_its_run(tab, tmp_path):
+    write_run(tmp_path, [metrics_row(1)])
+    with served(tmp_path) as url:
+        tab.open(url)
+        tab.loaded = False
+        write_run(tmp_path, [metrics_row(1), metrics_row(2)])
+        tab.wait()
+        assert tab.ask("data.panels[0].x") == [1, 2] and not tab.errors
+        tab.open("about:blank")  # before its server goes
 
 
 @no_browser
