@@ -96,10 +96,11 @@ def page_of(*folders):
 
 
 # ------------------------------------------------------------------------------------------ what a run leaves
-@pytest.mark.parametrize("objective", ["clip", "gspo"])
-def test_a_run_leaves_what_the_page_shows(tmp_path, capsys, objective):
-    keys = dict(rollouts_every=1, eval_every=2, eval_problems=3, steps=2, objective=objective)
-    cfg = settings(tmp_path, **keys)
+@pytest.mark.parametrize(
+    "keys", [{}, dict(objective="gspo"), dict(epochs=2)], ids=["clip", "gspo", "two epochs"]
+)
+def test_a_run_leaves_what_the_page_shows(tmp_path, capsys, keys):
+    cfg = settings(tmp_path, rollouts_every=1, eval_every=2, eval_problems=3, steps=2, **keys)
     assert train.main(cfg) == 0
     folder = tmp_path / "run"
     assert f"report: {folder}/report.html" in capsys.readouterr().out
