@@ -99,6 +99,7 @@ class Batch:
     entropy_bar: torch.Tensor | None = None  # nats; tokens below it leave the policy term
     old_logp: list[list[float]] | None = None  # n, what ratios compare with; None: the policy as it is
     entropies: dict = field(default_factory=dict)  # row -> (C,) nats, of the trainer, as far as computed
+    logps: dict = field(default_factory=dict)  # the same of log-probabilities, before the first update
 
     @property
     def group_size(self) -> int:

@@ -36,13 +36,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, system="", prefill="",
-             samples=1, temperature=1.0, seed=0, reward_messages=False, timeout=None, stop=None):  # fmt: skip
+             samples=1, temperature=1.0, seed=0, reward_messages=False, timeout=None, stop=None,
+             on_answers=None):  # fmt: skip
     """Metrics (a dict: eval/strict, eval/lenient, ..) and each problem's first completion, on rows of a task.
 
     functions: rewards.resolve's list; every reward's mean is reported, whatever its weight. One sample is
     drawn greedily, several at `temperature`; then strict and lenient are means over samples (pass@1) and
     eval/pass@j is there for j = 1, 2, 4, .. samples. stop: asked between batches of problems; where it says
-    True there is no result, ({}, []).
+    True there is no result, ({}, []). on_answers: called at the end with the rows, each problem's first
+    completion, and whether it is right.
     """
     ids, stopped, texts, parts = [], [], [], []
     twin = rewarding.LENIENT.get(functions[0][0])  # without one lenient is strict: nobody runs programs twice
@@ -67,7 +69,10 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
         parts.append(some_parts)
     parts = np.concatenate(parts)  # (N * samples, R)
     metrics = summarise(ids, stopped, parts, functions, samples, has_twin=twin is not None)
-    return metrics, texts[::samples]
+    first = texts[::samples]
+    if on_answers is not None:
+        on_answers(rows, first, (parts[::samples, 0] >= 1.0).tolist())
+    return metrics, first
 
 
 def summarise(ids, stopped, parts, functions, samples, has_twin) -> dict:

@@ -40,13 +40,14 @@ from kernels.logprob import (
 from loss import policy_loss, takes_whole_rows
 
 
-def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, temperature=1.0, top_k=0,
-                top_p=1.0, min_p=0.0):  # fmt: skip
+def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, logp_out=None, temperature=1.0,
+                top_k=0, top_p=1.0, min_p=0.0):  # fmt: skip
     """The loss of the tokens `targets` (T,) predicted from hidden (T, D) by weight (V, D).
 
     Differentiable in hidden and weight. tokens: loss.Tokens, what each token carries. objective: a dict of
     policy_loss's keywords, `norm` among them. reference: (hidden (T, D), weight (V, D)) of the reference
-    where the objective has the exact KL. temperature, top_k, top_p, min_p: of the sampled distribution.
+    where the objective has the exact KL. logp_out: (T,), takes the targets' log-probabilities. temperature,
+    top_k, top_p, min_p: of the sampled distribution.
 
     Returns the loss (0-d), the entropy (T,) in nats and policy_loss's stats, the last two without gradient. A
     second backward through the loss needs a second forward.
@@ -55,7 +56,7 @@ def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, t
     assert D == D2 and targets.shape == (T,), f"{hidden.shape}, {weight.shape}, {targets.shape}"
     if reference is not None or takes_whole_rows(objective["objective"]):
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        return whole_rows_head(hidden, weight, targets, tokens, objective, reference, **sampling)
+        return whole_rows_head(hidden, weight, targets, tokens, objective, reference, logp_out, **sampling)
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     dhidden, dweight = gradient_buffers(hidden, weight, dtype)
@@ -78,6 +79,8 @@ def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, t
             del chunk, dz  # or the next chunk's logits would stand beside these
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
+        if logp_out is not None:
+            logp_out.copy_(logp)
         # Once for all chunks: on a GPU its hundred small sums would make each chunk wait for the host.
         loss, stats = policy_loss(logp, entropy=entropy, **tokens.arguments(), **objective)
     return _HandOut.apply(loss, hidden, weight, dhidden, dweight), entropy, stats
@@ -115,9 +118,13 @@ class _HandOut(torch.autograd.Function):
         return None, *grads, None, None
 
 
-def whole_rows_head(hidden, weight, targets, tokens, objective, reference, *, temperature, **truncation):
+def whole_rows_head(
+    hidden, weight, targets, tokens, objective, reference, logp_out, *, temperature, **truncation
+):
     """As policy_head: all log-probabilities first, then the objective on all tokens, then autograd."""
     logp, entropy = logprob(hidden, weight, targets, temperature=temperature, **truncation)
+    if logp_out is not None:
+        logp_out.copy_(logp.detach())
     kl = None
     if reference is not None:
         truncate = None
@@ -129,9 +136,11 @@ def whole_rows_head(hidden, weight, targets, tokens, objective, reference, *, te
     return loss, entropy.detach(), stats
 
 
-def policy_head_ref(hidden, weight, targets, tokens, objective, *, reference=None, **sampling):
+def policy_head_ref(hidden, weight, targets, tokens, objective, *, reference=None, logp_out=None, **sampling):
     """The definition: all tokens at once, whole logits, autograd. Arguments and results as `policy_head`."""
     logp, entropy = logprob_ref(hidden, weight, targets, **sampling)
+    if logp_out is not None:
+        logp_out.copy_(logp.detach())
     kl = None
     if reference is not None:
         truncation = dict(sampling)

@@ -104,29 +104,66 @@ def peak_gb(device: str) -> float:
 
 # ----------------------------------------------------------------------------------------------- files
 def write_rollouts(run, step, batch):
-    """rollouts/step_000010.jsonl: one object a completion, prompts in order (rank 0's share of them)."""
+    """rollouts/step_000010.jsonl: one object a completion, prompts in order (rank 0's share of them).
+
+    Of each token its id, its text, the sampler's log-probability, the trainer's entropy, and by how much the
+    trainer's log-probability differs from the sampler's, in nats; the last two are null for a row that the
+    update did not need. `group` is the prompt's number in the step.
+    """
     if rank() != 0:
         return
     folder = run.out / "rollouts"
     folder.mkdir(exist_ok=True)
     labels = [label for label, _, _ in run.rewards]
     G = batch.group_size
+    pieces = token_texts(run.tokenizer, batch.out.ids)
     with open(folder / f"step_{step.number:06d}.jsonl", "w") as f:
         for n, ids in enumerate(batch.out.ids):
-            entropy = batch.entropies.get(n)
+            drawn = batch.out.logprobs[n]
+            entropy, logp = batch.entropies.get(n), batch.logps.get(n)
+            difference = None  # of a row that was not computed: it had no advantage
+            if logp is not None:
+                difference = [round(x - y, 6) + 0.0 for x, y in zip(logp.tolist(), drawn)]
             row = dict(
                 step=step.number,
+                group=step.numbers[n // G],
                 prompt=batch.rows[n // G]["prompt"],
                 completion=batch.texts[n],
                 ids=ids,
+                tokens=[pieces[i] for i in ids],
                 reward=none_for_nan(batch.reward[n]),
                 parts={label: none_for_nan(batch.parts[n, i]) for i, label in enumerate(labels)},
                 advantage=float(batch.adv[n]),
                 finish_reason="stop" if batch.out.stopped[n] else "length",
-                logprobs=[round(logp, 5) for logp in batch.out.logprobs[n]],
+                logprobs=[round(logp, 5) for logp in drawn],
                 entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
+                difference=difference,
             )
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def token_texts(tokenizer, ids) -> dict:
+    """{id: its text} of the ids in a list of completions, stop and other special tokens included.
+
+    Each is decoded behind itself, since some tokenizers drop the space before a text's first token. A token
+    that is a part of a character is U+FFFD.
+    """
+    known = sorted({i for row in ids for i in row})
+    alone = tokenizer.batch_decode([[i] for i in known])
+    twice = tokenizer.batch_decode([[i, i] for i in known])
+    return {i: both.removeprefix(one) or one for i, one, both in zip(known, alone, twice)}
+
+
+def write_answers(run, rows, texts, right):
+    """rollouts/eval_000025.jsonl: one object a held-out problem, with its first answer after that step."""
+    if not run.cfg.rollouts_every:
+        return
+    folder, number = run.out / "rollouts", run.state["step"]
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"eval_{number:06d}.jsonl", "w") as f:
+        for problem, (row, text, is_right) in enumerate(zip(rows, texts, right)):
+            answer = dict(step=number, problem=problem, prompt=row["prompt"], completion=text, right=is_right)
+            f.write(json.dumps(answer, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 def none_for_nan(x):
@@ -141,7 +178,8 @@ class Log:
         self.active = rank() == 0
         if not self.active:
             return
-        about = dict(run=run.id, config=run.keys, **versions())
+        about = dict(run=run.id, trained=what_is_trained(run), config=run.keys, **versions())
+        about["differs"] = list(configs.differences(cfg))  # keys that are not the defaults
         (run.out / "config.json").write_text(json.dumps(about, indent=2, default=str))
         self.path = run.out / "metrics.jsonl"
         if run.resumed:
@@ -191,7 +229,6 @@ class Log:
         self.file.flush()
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
-
 
     def close(self):
         """The end of a run, whole or not."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import checkpoint
 
-OURS = ("config.json", "metrics.jsonl", "rollouts", "ckpt", "start")  # what a run writes
+OURS = ("config.json", "metrics.jsonl", "rollouts", "ckpt", "start", "report.html", "curves.svg")  # a run's
 
 # Keys that weights, data order and draws depend on: a resumed run must have the same.
 IDENTITY = (

@@ -11,7 +11,7 @@ head.py, loss.py), then AdamW (optim.py) -> one line on the screen and one row i
 
 What stays the same over the steps is made once, in run.py. What a step draws and learns is a function of
 the config, the seed and the step's number, so a run that is killed and resumed ends with the same bits as
-one that was not. out/NAME/ holds what a run made: config.json, metrics.jsonl, rollouts/, ckpt/.
+one that was not. out/NAME/ holds what a run made: config.json, metrics.jsonl, rollouts/, ckpt/, report.html.
 
 Dims: B prompts a step, G completions a prompt, N = B * G rows of the step, n of them on this rank; R
 rewards; T completion tokens of a micro-batch.
@@ -21,6 +21,7 @@ import contextlib
 import signal
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ import data
 import lora
 import optim
 import ranks
+import report
 import rewards as rewarding
 from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
 from evaluation import evaluate, refuse_hopeless, summary
@@ -47,6 +49,7 @@ from log import (
     peak_gb,
     reward_metrics,
     show_sample,
+    write_answers,
     write_rollouts,
 )
 from loss import add_stats, highest, normaliser, normalize_then_sum
@@ -373,16 +376,21 @@ def accumulate_gradients(run, step, batch, groups, objective) -> dict:
             # A group's prompt stands once in the packed stream; the gradients of all its completions flow
             # into it.
             hidden, targets = model.completion_hidden(prompts, completions)  # (T, D), (T,)
+            logp = torch.empty_like(tokens.sampler_logp)  # (T,)
             loss, entropy, sums = policy_head(
-                hidden, model.head, targets, tokens, objective, reference=exact_reference, **step.sampling
-            )
+                hidden, model.head, targets, tokens, objective, reference=exact_reference, logp_out=logp,
+                **step.sampling,
+            )  # fmt: skip
             if not torch.isfinite(loss.detach()):
                 refuse_loss(run, step, loss, prompts, completions, tokens)
             loss.backward()  # gradients add up over micro-batches
         # Sums and not means, so that micro-batches, and ranks later, may be added up in any grouping.
         stats = add_stats(stats, sums)
-        for n, row in zip(numbers, entropy.split(tokens.lengths.tolist())):
-            batch.entropies.setdefault(n, row)
+        # Of the step's first update, when the weights are those that the rows were drawn with.
+        lengths = tokens.lengths.tolist()
+        for n, of_entropy, of_logp in zip(numbers, entropy.split(lengths), logp.split(lengths)):
+            batch.entropies.setdefault(n, of_entropy)
+            batch.logps.setdefault(n, of_logp)
     return stats
 
 
@@ -519,6 +527,7 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
                 run.rewards,
                 stop_ids=run.stop_ids,
                 stop=lambda: interrupt.asked,
+                on_answers=partial(write_answers, run),
                 **options,
             )
     return metrics, texts
@@ -578,6 +587,7 @@ def main(cfg) -> int:
         return stop(run, log, str(e))
     finish(run, before, after)
     log.close()
+    say_report(run)
     return 0
 
 
@@ -616,9 +626,16 @@ def stop(run, log, reason: str) -> int:
             saved = f"not saved, because a part of the optimiser was that process's; {safe(run)}"
     flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
     say(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True")
+    say_report(run)
     ranks.tell_launcher(f"{reason}; {saved}" if rank() == 0 else reason)
     log.close()
     return 1
+
+
+def say_report(run):
+    """Writes report.html, the page of the run. The run is over: nothing depends on it."""
+    if rank() == 0:
+        say(report.at_the_end(run.out))
 
 
 def reason_of(error: OSError) -> str:

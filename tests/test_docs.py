@@ -11,6 +11,7 @@ import pytest
 import config as configs
 import data
 import eval as eval_script
+import report
 import sample
 import sft
 import train
@@ -121,6 +122,15 @@ def test_any_other_command_of_the_readme_runs(saved, tmp_path, capsys, command):
     elif script == "sample.py":
         sample.main([*words, "--max_new_tokens=4"])
         assert "tokens" in capsys.readouterr().out
+    elif script == "report.py":
+        runs = []
+        for name in [word for word in words if not word.startswith("--")]:
+            runs.append(tmp_path / name)
+            runs[-1].mkdir(parents=True)
+            (runs[-1] / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+        if "--serve" not in words:  # tests/test_report.py serves one
+            report.main([str(folder) for folder in runs])
+            assert "report" in capsys.readouterr().out
     else:
         out = python(script, "--help")
         assert out.returncode == 0 and "usage: " in out.stdout, out.stdout + out.stderr

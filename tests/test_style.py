@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "cache": set(),
     "rundir": {"checkpoint"},
     "fingerprint": set(),
+    "picture": set(),
+    "report": {"picture"},  # reads what a run left: nothing of a run knows of it but train.py's last line
     # a model, and sampling from it
     "packing": set(),
     "model": {"packing", "shape"},
