@@ -470,6 +470,14 @@ DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,60}(?![0-9])|[0-9]{1,200}+)"
 NUMBER = rf"{SIGN}\$?({DIGITS}(?:\.[0-9]{{1,200}}+)?|(?<![0-9])\.[0-9]{{1,200}}+)"
 ANYWHERE = re.compile(NUMBER)
 WHOLE = re.compile(rf"\s*\\?\$?{NUMBER}\s*%?\.?\s*")
+# Words after a number that make another one of it: 72 million, 72 or more and 72 squared are not 72.
+CHANGE_A_NUMBER = set(
+    """k dozen hundred thousand million billion trillion dozens hundreds thousands millions billions trillions
+    half halves third thirds fourth fourths fifth fifths tenth tenths hundredth hundredths thousandth
+    thousandths quarter point or nor not squared cubed factorial power zero one two three four five six seven
+    eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty
+    forty fifty sixty seventy eighty ninety""".split()
+)
 
 
 def text_of(completion) -> str:

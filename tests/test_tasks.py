@@ -2,10 +2,11 @@
 
 import functools
 import http.server
-import importlib.util
 import json
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from tasks.arithmetic import worked
 from tasks.code import code, python_block
 from tasks.countdown import countdown
 from tasks.judge import judge
-from tasks.math import EQUALS, final_answer, mathematics
+from tasks.math import EQUALS, Equals, final_answer, mathematics
 from test_data import write
 from test_rewards import HAS_MATH, HOSTILE, fuzz, one, run
 
@@ -325,7 +326,7 @@ def test_the_final_answer_is_found_where_models_put_it(text, answer):
 
 
 def test_math_without_its_extra_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if "site-packages" not in folder])
     with pytest.raises(
         RewardError,
         match="reward 'math' raised ImportError: "
@@ -334,7 +335,10 @@ def test_math_without_its_extra_says_what_to_install(monkeypatch):
         run("math", columns=dict(answer=["1"] * 3))
 
 
-@pytest.mark.skipif(not HAS_MATH, reason="needs math-verify: pip install math-verify")
+needs_math = pytest.mark.skipif(not HAS_MATH, reason="needs math-verify: pip install math-verify")
+
+
+@needs_math
 def test_math_compares_as_mathematics_from_any_thread():
     cases = [
         (r"\boxed{0.5}", r"\frac{1}{2}", 1),
@@ -359,18 +363,169 @@ def test_math_compares_as_mathematics_from_any_thread():
     np.testing.assert_array_equal(parts[:, 0], np.array(wanted, dtype=float))  # None becomes NaN
 
 
-@pytest.mark.skipif(not HAS_MATH, reason="needs math-verify: pip install math-verify")
-def test_a_comparison_that_hangs_is_none_and_the_next_one_works():
-    first = mathematics([r"\boxed{x}"], answer=["x"])
-    program, EQUALS.PROGRAM = EQUALS.PROGRAM, "print('ready', flush=True)\nwhile True: pass"
-    EQUALS.process.kill()
-    try:
-        assert mathematics([r"\boxed{x}"], answer=["x"]) == [None] and EQUALS.process is None  # it died
-        assert mathematics([r"\boxed{x}"], answer=["x"], seconds=0.3) == [None]
-        assert EQUALS.process is None  # it hangs
-    finally:
-        EQUALS.PROGRAM = program
-    assert mathematics([r"\boxed{x}"], answer=["x"]) == first == [1.0]
+TOO_LARGE = [
+    "9^{9^{9^{9}}}",
+    "(10^{10})^{10^{10}}",
+    "2^{-99999999}",
+    "0.5^{99999999}",
+    "9" * 250 + "^{9999}",
+    "100000!",
+    "((10!)!)!",
+    r"\binom{1000000}{500000}",
+    r"(x+1)^{100000}",
+    r"(1+\sqrt{2})^{99999}",
+    r"\prod_{k=1}^{100000000} k",
+    r"\frac{" * 50 + "1" + "}{2}" * 50,
+    "(" * 60 + "1" + ")" * 60,
+    r"\sqrt{" * 40 + "2" + "}" * 40,
+    "e^{e^{e^{e^{9}}}}",
+]
+
+
+@needs_math
+@pytest.mark.parametrize("right", ["72", "x", r"\sqrt{2}"])
+def test_what_is_too_large_to_evaluate_is_wrong_and_takes_no_time(right):
+    """Each of them took the whole timeout, one after another, and the run ended: a group of 16 was enough."""
+    mathematics([r"\boxed{x + 1}"], answer=["1 + x"])
+    process = EQUALS.process
+    start = time.process_time(), time.perf_counter()
+    for evaluated in (True, False):
+        texts = [rf"\boxed{{{formula}}}" for formula in TOO_LARGE]
+        got = mathematics(texts, answer=[right] * len(texts), evaluated=evaluated)
+        assert got == [0.0] * len(texts)
+    assert time.perf_counter() - start[1] < 30 and time.process_time() - start[0] < 1
+    assert EQUALS.process is process  # nobody had to be killed from here
+
+
+@needs_math
+def test_an_answer_that_hangs_is_wrong_not_unscored_and_the_next_one_works():
+    """None is left out of the group's baseline: a policy that hangs its grader would go unpunished."""
+    slow = r"\boxed{\int_0^1 x^{x^{x^x}} dx}"
+    mathematics([r"\boxed{x + 1}"], answer=["1 + x"])
+    process = EQUALS.process
+    start = time.perf_counter()
+    got = mathematics([slow, r"\boxed{x}", slow + " ", r"\boxed{y}"], answer=["x + 1"] * 2 + ["y"] * 2)
+    assert got == [0.0, 0.0, 0.0, 1.0] and time.perf_counter() - start < 20
+    assert mathematics([slow], answer=["72"], evaluated=False, seconds=0.1) == [0.0]
+    assert mathematics([r"\boxed{x}"], answer=["x"]) == [1.0] and EQUALS.process is process
+
+
+@needs_math
+def test_a_row_whose_own_answer_cannot_be_read_in_time_is_not_scored():
+    got = mathematics([r"\boxed{x}"] * 2, answer=["!!!", r"\int_0^1 x^{x^{x^x}} dx + \pi"], seconds=0.001)
+    assert got == [None, None]
+
+
+@needs_math
+def test_when_the_processes_are_lost_others_take_their_place():
+    mathematics([r"\boxed{x}"], answer=["x"])
+    lost = EQUALS.process
+    os.killpg(lost.pid, signal.SIGKILL)
+    texts = [rf"\boxed{{x + {i}}}" for i in range(20)]
+    assert mathematics(texts, answer=["3 + x"] * 20) == [float(i == 3) for i in range(20)]
+    assert EQUALS.process is not lost and lost.returncode is not None
+
+
+@needs_math
+def test_what_the_grader_cannot_do_is_not_scored(monkeypatch):
+    class Dead(Equals):
+        def start(self):
+            super().start()
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr("tasks.math.EQUALS", Dead())
+    assert mathematics([r"\boxed{x}", r"\boxed{3}"], answer=["x", "3"]) == [None, 1.0]
+
+
+@needs_math
+def test_the_processes_end_with_the_run_also_when_it_is_killed():
+    program = "import time, tasks.math as m; m.mathematics(['<answer>x</answer>'], answer=['y'])\n"
+    program += "print(m.EQUALS.process.pid, flush=True); time.sleep(60)"
+    trainer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    group = int(trainer.stdout.readline())
+    os.killpg(group, 0)
+    trainer.kill()
+    trainer.communicate()
+    deadline = time.perf_counter() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.perf_counter() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.02)
+
+
+@needs_math
+def test_math_verify_is_never_imported_from_the_current_folder(tmp_path):
+    """`python -c` looks there first, and so did the process that compares."""
+    for name in ("math_verify", "sympy"):
+        write_text = "open('imported', 'w').close()\ndef parse(*_, **__): return [1]\n"
+        (tmp_path / f"{name}.py").write_text(write_text + "def verify(*_, **__): return True\n")
+    program = f"import sys; sys.path += [{str(ROOT)!r}]\nfrom tasks.math import mathematics\n"
+    program += r"print(mathematics(['\\boxed{x}'], answer=['y']))"
+    for path in ("", ".", str(tmp_path)):
+        env = dict(os.environ, PYTHONPATH=path)
+        out = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env
+        )
+        assert out.stdout == "[0.0]\n", out.stderr
+    assert not (tmp_path / "imported").exists()
+
+
+RESTATED = [  # the question, and its answer
+    (r"\sum_{k=1}^{10} k", "55"),
+    (r"\binom{8}{4}", "70"),
+    ("7!", "5040"),
+    (r"17\cdot 23", "391"),
+    ("17 * 23", "391"),
+    (r"17 \times 23", "391"),
+    (r"\gcd(84,126)", "42"),
+    (r"\int_0^1 2x\,dx", "1"),
+    (r"\int_0^1 \frac{dx}{1+x^2}", r"\frac{\pi}{4}"),
+    (r"\sqrt{49}", "7"),
+    ("2^{10}", "1024"),
+    ("36 + 36", "72"),
+    ("2(36)", "72"),
+    ("(8)(9)", "72"),
+    (r"\log_2 8", "3"),
+    (r"\sin 30^\circ", r"\frac12"),
+    (r"\lfloor 7.5 \rfloor", "7"),
+    ("|-7|", "7"),
+    (r"\arctan 1", r"\frac{\pi}{4}"),
+    (r"x = \frac{1}{2} + \frac{1}{2}", "1"),
+    ("42 = 6 * 7", "42"),
+]
+
+
+@needs_math
+@pytest.mark.parametrize("question, right", RESTATED)
+def test_to_repeat_the_question_is_no_answer_where_a_number_is_wanted(question, right):
+    assert mathematics([rf"\boxed{{{question}}}"], answer=[right]) == [0.0]
+
+
+@needs_math
+def test_to_evaluate_is_an_option_and_only_wanted_where_the_right_answer_is_evaluated():
+    evaluate_not = functools.partial(mathematics, evaluated=False)
+    for question, right in [(r"17\cdot 23", "391"), ("7!", "5040"), (r"\binom{8}{4}", "70")]:
+        assert evaluate_not([rf"\boxed{{{question}}}"], answer=[right]) == [1.0]
+    got = mathematics([r"\boxed{2^{10}}", r"\boxed{1024}", r"\boxed{7!}"], answer=["2^{10}", "2^{10}", "7!"])
+    assert got == [1.0] * 3
+
+
+@needs_math
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_every_side_of_an_equation_has_to_be_right(evaluated):
+    """3 = 4 = 5 was 5, and any list of guesses with the right one at its end an answer."""
+    said = ["3=4=5", "4=5", "x=4=5", "5=4", "x=5=4", "2+2=5", "1=2=3=4=5", "5=5=5=5=5", "="]
+    got = mathematics([rf"\boxed{{{text}}}" for text in said], answer=["5"] * 9, evaluated=evaluated)
+    assert got == [0.0] * 9
+    said = ["x=5", "2+3=5", "x=2+3=5", "f(2) = 5", r"\theta = 5", "AB = 5"]
+    assert (
+        mathematics([rf"\boxed{{{text}}}" for text in said], answer=["5"] * 6, evaluated=evaluated) == [1] * 6
+    )
+    said = ["y=2x=2x+1", "y=x=2x+1", r"\sqrt{2} = 2x+1"]
+    assert (
+        mathematics([rf"\boxed{{{text}}}" for text in said], answer=["y=2x+1", "2x+1", "2x+1"]) == [0.0] * 3
+    )
+    assert mathematics([r"\boxed{y = 1 + 2x}"] * 2, answer=["y=2x+1", "2x+1"]) == [1.0] * 2
 
 
 # ------------------------------------------------------------------------------------------------- code
