@@ -37,7 +37,8 @@ from decimal import Decimal
 import numpy as np
 
 import data
-from data import NUMBER, RewardError, any_number, exact, name_of, only_number, prompt_text, short, text_of
+from data import CHANGE_A_NUMBER, DIGITS, NUMBER, RewardError
+from data import any_number, exact, name_of, only_number, prompt_text, short, text_of
 from tasks.arithmetic import arithmetic
 from tasks.code import code, python_block
 from tasks.countdown import countdown
@@ -47,19 +48,21 @@ from tasks.math import final_answer, mathematics
 
 # --------------------------------------------------------------------------------------- right or wrong
 def gsm8k(completions, prompts=None, *, answer, **_):
-    """1 if the number after the last "####" equals the row's `answer`, else 0.
+    """1 if the last line that starts with #### holds one number, the row's `answer`, and no part of another.
 
-    None where `answer` is not a number.
+    Around the number may stand a currency sign, bold or round brackets or \\boxed{}, a final dot and a unit
+    of letters, and a percent sign where the answer has one. None where `answer` is not a number.
     """
-    return [same_number(marked_number(text_of(c)), right) for c, right in zip(completions, answer)]
+    return [same_number(marked_number(text_of(c), right), right) for c, right in zip(completions, answer)]
 
 
 def gsm8k_lenient(completions, prompts=None, *, answer, **_):
-    """1 if the last number anywhere in the completion equals the row's `answer`, else 0.
+    """1 if the number that a completion gives as its answer equals the row's `answer`, else 0.
 
-    None where `answer` is not a number.
+    It is the one that the last "####", \\boxed or "answer" points at, else the last of the text. None where
+    `answer` is not a number.
     """
-    return [same_number(any_number(text_of(c)), right) for c, right in zip(completions, answer)]
+    return [same_number(stated_number(text_of(c)), right) for c, right in zip(completions, answer)]
 
 
 def same_number(said: Decimal | None, answer) -> float | None:
@@ -68,21 +71,86 @@ def same_number(said: Decimal | None, answer) -> float | None:
     return None if right is None else float(said == right)
 
 
-# The number must end where it seems to: not 4.2.1, 42/7, 1,00 or 42e3.
-MARKED = re.compile(rf"[ \t]*+\\?\$?{NUMBER}(?!\d|[.,:/^]\d|[eE][-+]?\d)")
+# What may stand in the line of an answer: the number, a sign, brackets, a percent sign, currency, words.
+TOKEN = re.compile(
+    rf"(?P<number>{DIGITS}(?:\.[0-9]{{1,200}}+)?|\.[0-9]{{1,200}}+)|(?P<word>[^\W\d_]+)|(?P<sign>[-+−])"
+    r"|(?P<bracket>\*\*|__|\\(?:boxed|textbf) ?\{|\\[()]|[()}])|(?P<percent>\\?%)"
+    r"|(?P<other>[ ,.'’]|\\?\$|[€£¥])|(?P<wrong>.)",
+    re.DOTALL,
+)
+CLOSING = {"(": ")", "\\(": "\\)", "**": "**", "__": "__"}  # and } of all others
+LETTER_UNITS = set("gLlmsha")  # grams, litres, metres, seconds, hours; "a" day. Any other may be a variable.
+LONGEST = 400  # characters of a line with an answer
 
 
-def marked_number(text: str) -> Decimal | None:
-    """The number after the last "####" that has one. A hundred of them without a number end the search."""
-    at = len(text)
-    for _ in range(100):
-        at = text.rfind("####", 0, at)
-        if at < 0:
+def marked_number(text: str, answer="") -> Decimal | None:
+    """The number that the last line starting with #### holds; None where it holds none, or more than that.
+
+    answer: the row's. A percent sign is part of the number if that has none.
+    """
+    _, marked, line = f"\n{text}".rpartition("\n####")
+    line = line[:LONGEST].partition("\n")[0]
+    if not marked or len(line) == LONGEST:
+        return None
+    line = re.sub(r"\\text ?\{([^{}\d]*)\}", r" \1", line.replace("\t", " "))
+    found = read_line(TOKEN.finditer(line.strip("# \r")))
+    if not found or ("percent" in found and "%" not in str(answer)):
+        return None
+    return exact(found.get("sign", ""), found["number"])
+
+
+def read_line(tokens) -> dict | None:
+    """The number, sign and percent sign of a line; None if it has two of one, or what is part of a number."""
+    found = {}
+    closing = []
+    for token in tokens:
+        kind, text = token.lastgroup, token.group()
+        if kind == "bracket" and closing and text == closing[-1] and "number" in found:
+            closing.pop()
+        elif kind == "bracket" and text not in (")", "\\)", "}"):
+            closing.append(CLOSING.get(text, "}"))
+        elif kind in ("number", "sign", "percent"):
+            too_late = "number" in found if kind != "percent" else "number" not in found
+            if kind in found or too_late:
+                return None
+            found[kind] = text
+        elif kind == "word" and ("number" not in found or not is_unit(text)):
             return None
-        match = MARKED.match(text, at + 4)
-        if match:
-            return exact(*match.groups())
-    return None
+        elif kind in ("bracket", "wrong"):
+            return None
+    return found if "number" in found and not closing else None
+
+
+def is_unit(word: str) -> bool:
+    """Whether a word leaves the number before it what it is: 72 apples, and not 72 million or 72 x."""
+    return word in LETTER_UNITS if len(word) == 1 else word.casefold() not in CHANGE_A_NUMBER
+
+
+POINTER = re.compile(r"####|\\boxed|(?<!/)\banswers?\b", re.IGNORECASE)
+SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")
+POINTED = re.compile(rf"(?:[\s:=>*_({{$\\\[~≈]|is\b|are\b|now\b)*+{NUMBER}")
+# After a number: what makes it part of another, or one of several.
+GOES_ON = re.compile(r"[ }]*(?:[-+−*/=^×÷%]|,? *(?:and|or)? *\$?[0-9])|[.,:]?[0-9]")
+JOINED = re.compile(r"[/^*×÷][ (]*\$?[-−]?[0-9.,]+\W*$|\\[dt]?frac|[0-9] *[/^*×÷] *[0-9]")
+POINTERS = 20  # looked at, from the last
+
+
+def stated_number(text: str) -> Decimal | None:
+    """The number that the last "####", \\boxed or "answer" of a text points at, else its last number.
+
+    72 in "the answer is 72 apples in 3 boxes"; where something else stands between, the last of the sentence.
+    """
+    end = text[-4000:]
+    for pointer in reversed(list(POINTER.finditer(end))[-POINTERS:]):
+        sentence = SENTENCE_END.split(end[pointer.end() : pointer.end() + 300], maxsplit=1)[0]
+        match = POINTED.match(sentence)
+        if match and not GOES_ON.match(sentence, match.end()):
+            word = re.match(r" ?([^\W\d_]+)", sentence[match.end() :])
+            return None if word and word.group(1).casefold() in CHANGE_A_NUMBER else exact(*match.groups())
+        number = any_number(sentence)
+        if number is not None:
+            return None if JOINED.search(sentence.rpartition("=")[2]) else number
+    return any_number(text)
 
 
 # --------------------------------------------------------------------------------------------- the form
@@ -90,7 +158,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format(completions, prompts=None, *, prefilled=True, **_):
-    """1 if the whole completion is <think>..</think><answer>..</answer>, else 0.
+    """1 if the whole completion is <think>..</think><answer>..</answer>, with something in both, else 0.
 
     Each tag is there once and nothing before, between or after. prefilled: the opening <think> may be
     missing, since a chat template that writes it puts it into the prompt, not the completion.
@@ -104,14 +172,27 @@ def well_formed(text: str, prefilled: bool) -> bool:
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
     # With one of each tag the two ends and the middle settle the order.
-    between, _, answer = text.partition("</think>")[2].partition("<answer>")
+    thought, _, rest = text.removeprefix("<think>").partition("</think>")
+    between, _, answer = rest.partition("<answer>")
     ends = text.startswith("<think>") and text.endswith("</answer>")
-    return ends and not between.strip() and answer != "</answer>"
+    said = thought.strip() and answer.removesuffix("</answer>").strip()
+    return ends and not between.strip() and bool(said)
 
 
 def tag_count(completions, prompts=None, *, tags=TAGS, **_):
-    """The share of the tags that are there exactly once: a quarter for each of the four."""
-    return [sum(text_of(c).count(tag) == 1 for tag in tags) / len(tags) for c in completions]
+    """The share of the tags that are there exactly once, and after those of `tags` before it that count."""
+    return [tags_in_order(text_of(c), tags) / len(tags) for c in completions]
+
+
+def tags_in_order(text: str, tags) -> int:
+    count = 0
+    end = 0  # of the last tag that counts
+    for tag in tags:
+        at = text.find(tag)
+        if at >= end and text.count(tag) == 1:
+            count += 1
+            end = at + len(tag)
+    return count
 
 
 READ = 30_000  # the rewards that search for patterns (reasoning_steps, words) read no further than this
@@ -262,9 +343,9 @@ LENIENT = {"gsm8k": gsm8k_lenient, "arithmetic": gsm8k_lenient}
 # eval.py tells the two apart. The other rewards grade any text.
 FINDS = {
     "gsm8k": marked_number,
-    "gsm8k_lenient": any_number,
-    "arithmetic_lenient": any_number,
-    "last_number": any_number,
+    "gsm8k_lenient": stated_number,
+    "arithmetic_lenient": stated_number,
+    "last_number": stated_number,
     "math": final_answer,
     "code": python_block,
 }

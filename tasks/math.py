@@ -24,7 +24,7 @@ import sys
 import threading
 from fractions import Fraction
 
-from data import CHANGE_A_NUMBER, RewardError, any_number, from_jsonl, tagged, text_of
+from data import CHANGE_A_NUMBER, RewardError, any_number, boxed, from_jsonl, tagged, text_of
 
 
 # --------------------------------------------------------------------------------------------- the rows
@@ -124,35 +124,6 @@ def announced(text: str, end: str) -> str:
         return text.rpartition("####")[2].lstrip()[:300].partition("\n")[0]
     said = ANSWER_IS.findall(end)
     return said[-1] if said else ""
-
-
-def boxed(text: str) -> str:
-    """What the last closed \\boxed{..} or \\fbox{..} holds, braces balanced, at most 300 characters."""
-    at = len(text)
-    for _ in range(20):  # boxes without an end or without content are passed over, but not for ever
-        at = max(text.rfind("\\boxed", 0, at), text.rfind("\\fbox", 0, at))
-        if at < 0:
-            break
-        after = text[at : at + 310].partition("box")[2].removeprefix("ed").lstrip()
-        inside = braced(after)
-        if inside:
-            return inside
-    return ""
-
-
-def braced(text: str) -> str:
-    """What stands between the brace that a text begins with and its partner; "" where there are not both."""
-    if not text.startswith("{"):
-        return ""
-    depth = 0
-    for i, c in enumerate(text):
-        if c == "{":
-            depth += 1
-        elif c == "}":
-            depth -= 1
-        if depth == 0:
-            return text[1:i].strip()
-    return ""
 
 
 # ------------------------------------------------------------------------------------- numbers, compared here

@@ -48,7 +48,6 @@ def one(name, text, answer="42", **columns):
         "#### $42",
         r"#### \$42",
         "#### $42.00",
-        "#### 42%",
         "#### 042",
         "#### +42",
         "#### 41\nno, wait\n#### 42",
@@ -56,7 +55,6 @@ def one(name, text, answer="42", **columns):
         "#### 42\n\n",
         "#### 42 ####",
         "####\t42",
-        "#### 42" + "\n" + "#" * 80,
         "#### 42, because",
     ],
 )
@@ -121,7 +119,8 @@ def test_gsm8k_refuses_what_is_not_the_number_in_its_place(text):
         ("#### 0", "-0"),
         ("#### 72", 72),
         ("#### 72", 72.0),
-        ("#### 25%", "25"),
+        ("#### 25%", "25%"),
+        ("#### 25", "25%"),
         ("#### 72", "He has 70 + 2 = <<70+2=72>>72.\n#### 72"),
         ("#### 12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
         ("#### -12345678901234567890123456789012345678901", "-12345678901234567890123456789012345678901"),
@@ -239,7 +238,10 @@ def test_gsm8ks_own_solutions_are_all_right_and_none_with_another_number():
     [
         ("<think>a</think><answer>b</answer>", 1),
         ("<think>a\nb</think>\n\n<answer>c\nd</answer>\n", 1),
-        ("<think></think><answer>b</answer>", 1),
+        ("<think></think><answer>b</answer>", 0),
+        ("<think> \n</think><answer>b</answer>", 0),
+        ("</think><answer>b</answer>", 0),
+        ("<think>a</think><answer>\n</answer>", 0),
         ("a</think><answer>b</answer>", 1),
         ("\na</think>\n<answer>b</answer>", 1),
         ("<think>a</think><answer>b</answer> junk", 0),
@@ -280,6 +282,9 @@ def test_format_allows_for_a_tag_that_the_template_wrote():
         ("<think><think></think>", 0.25),
         ("", 0),
         ("<answer></answer>" * 2, 0),
+        ("</answer><answer></think><think>", 0.25),
+        ("<answer>b</answer><think>a</think>", 0.5),
+        ("<think>a<answer></think>b</answer>", 0.75),
     ],
 )
 def test_tag_count_gives_a_quarter_for_each_tag_that_is_there_once(text, share):
