@@ -130,7 +130,9 @@ POINTER = re.compile(r"####|\\boxed|(?<!/)\banswers?\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")
 POINTED = re.compile(rf"(?:[\s:=>*_({{$\\\[~≈]|is\b|are\b|now\b)*+{NUMBER}")
 # After a number: what makes it part of another, or one of several.
-GOES_ON = re.compile(r"[ }]*(?:[-+−*/=^×÷%]|,? *(?:and|or)? *\$?[0-9])|[.,:]?[0-9]")
+GOES_ON = re.compile(
+    r"[ }]{0,3}(?:[=%]|\*{0,2} {0,2}[-+−*/^×÷]? {0,2}(?:and |or )?,? ?\$?[(0-9])|[.,:]?[0-9]"
+)
 JOINED = re.compile(r"[/^*×÷][ (]*\$?[-−]?[0-9.,]+\W*$|\\[dt]?frac|[0-9] *[/^*×÷] *[0-9]")
 POINTERS = 20  # looked at, from the last
 

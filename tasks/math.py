@@ -90,8 +90,8 @@ def compared(pairs: list, evaluated: bool, seconds: float) -> dict:
 
 
 def right_answer(text: str) -> str:
-    """The answer of a row: the whole text, or what a solution has in its box."""
-    return final_answer(text) if boxed(text) else text.strip()[:300]
+    """The answer of a row: the whole text, or what a solution has in its box or after "####"."""
+    return final_answer(text) if boxed(text) or "####" in text else text.strip()[:300]
 
 
 ANSWER_IS = re.compile(r"answer(?: is|:)[ :]{0,3}([^\n]{1,300})", re.IGNORECASE)

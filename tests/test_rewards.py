@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import readers
 import rewards
 from rewards import REWARDS, RewardError, resolve, score
 
@@ -196,11 +197,22 @@ def test_a_number_is_found_however_it_is_written(number, shape, before):
         assert one(name, f"{before}\n#### {sign}{shown}", str(number + Decimal("0.001"))) == 0.0
 
 
+READERS = readers.readers(HAS_MATH)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_form_written_by_hand_is_taken_or_refused(name):
+    """gsm8k gave 1 to `#### 72 or 73` and `72 million`, and 0 to `#### **72**` and `\\boxed{72}`."""
+    reader, right, wrong = READERS[name]
+    assert len(right) >= 60 or name == "gsm8k, below 0"
+    assert readers.errors(reader, right, wrong) == ([], [])
+
+
 def gsm8k_solutions():
     folder = next(
         (
             Path(f)
-            for f in (os.environ.get("NANOGRPO_GSM8K"), ROOT / "data" / "gsm8k")
+            for f in (os.environ.get("NANOGRPO_GSM8K"), ROOT / "data/gsm8k", ROOT / "shared/data/gsm8k")
             if f and (Path(f) / "test.jsonl").exists()
         ),
         None,
@@ -225,7 +237,8 @@ def test_gsm8ks_own_solutions_are_all_right_and_none_with_another_number():
         s.rpartition("####")[0] + f"#### {int(a.replace(',', '')) + 1}" for s, a in zip(solutions, answers)
     ]
     assert len(solutions) == 8792
-    for grader in (rewards.gsm8k, rewards.gsm8k_lenient):
+    graders = [rewards.gsm8k, rewards.gsm8k_lenient, *([rewards.mathematics] if HAS_MATH else [])]
+    for grader in graders:
         assert sum(grader(solutions, answer=answers)) == 8792
         assert sum(grader(solutions, answer=solutions)) == 8792  # the data set's own column as it stands
         assert sum(grader(changed, answer=answers)) == 0
