@@ -5,12 +5,15 @@
 A pair is a name of REWARDS or a function, and its weight. A reward is `f(completions, prompts, **columns)
 -> list[float | None]`, TRL's signature, plain or async, and one written for TRL runs unchanged. Arguments
 go by name. Every column of the rows arrives as a list with an entry a completion, and the runner adds
-`completion_ids` (the sampled ids, the stop included), `group_size` and `max_new_tokens`. A function gets
-what its signature names, or everything if it takes **kwargs. The keyword defaults below are changed with
-functools.partial in a config file.
+`completion_ids` (the sampled ids, the stop included), `group_size` and `max_new_tokens`, and in a run TRL's
+`trainer_state` (step, max_steps), `log_extra(column, values)` for a column of rollouts/, and
+`log_metric(name, value)` for metrics.jsonl, the mean over a step. A function gets what its signature names,
+or everything if it takes **kwargs. The keyword defaults below are changed with functools.partial in a config
+file.
 
-None means 'cannot be scored'. Anything else that is not a finite number stops the run
-with one sentence (RewardError).
+None means 'cannot be scored': the grader could not do its work, or the row's answer is none. What a
+completion does to itself (too large to evaluate, hanging, unreadable) is 0, or None were a shelter from
+punishment. Anything else that is not a finite number stops the run with one sentence (RewardError).
 
 Text written by a model is read, never evaluated: numbers are parsed by a regular expression that knows
 ASCII digits only, into exact decimals. No function here raises on any text, and none takes more than
@@ -25,13 +28,17 @@ Tests: python -m pytest tests/test_rewards.py
 """
 
 import asyncio
+import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import math
+import os
 import queue
 import re
 import threading
+import traceback
 from decimal import Decimal
 
 import numpy as np
@@ -407,10 +414,78 @@ def check_sandbox(functions, mode: str):
         sandbox.isolation(strict=True)
 
 
-def score_completions(tokenizer, rows, ids, functions, *, prefill, max_new_tokens, reward_messages, timeout):
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands, for rewards that ask for `trainer_state`; all 0 in an evaluation."""
+
+    step: int = 0  # the step under way, from 1
+    max_steps: int = 0  # the run's
+
+    @property
+    def global_step(self) -> int:
+        """Steps that are done, TRL's name."""
+        return max(0, self.step - 1)
+
+
+class Logged:
+    """What rewards log beside their scores of N completions: TRL's `log_extra` and `log_metric`."""
+
+    def __init__(self, N: int):
+        self.N = N
+        self.columns = {}  # name -> N values
+        self.metrics = {}  # name -> the numbers that were logged, whose mean counts
+
+    def log_extra(self, column: str, values):
+        """A column of rollouts/: a value for each completion."""
+        values = [json_value(value) for value in values]
+        if len(values) != self.N:
+            raise ValueError(f"log_extra({column!r}, ..) got {len(values)} values for {self.N} completions")
+        self.columns[str(column)] = values
+
+    def log_metric(self, name: str, value):
+        """A metric of the step."""
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"log_metric({name!r}, {number}): a finite number is wanted")
+        self.metrics.setdefault(str(name), []).append(number)
+
+
+def json_value(value):
+    """A value as it stands where JSON can say it, else its text."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+    return value
+
+
+def joined_columns(logged: list[Logged]) -> dict[str, list]:
+    """The columns of several calls laid end to end, None where one of them lacks a column."""
+    names = dict.fromkeys(name for some in logged for name in some.columns)
+    columns = {}
+    for name in names:
+        columns[name] = []
+        for some in logged:
+            columns[name] += some.columns.get(name, [None] * some.N)
+    return columns
+
+
+def score_completions(
+    tokenizer,
+    rows,
+    ids,
+    functions,
+    *,
+    prefill,
+    max_new_tokens,
+    reward_messages,
+    timeout,
+    state=None,
+    logged=None,
+):
     """Texts, reward parts (n, R) and rewards (n,), NaN for None, of n completions `ids`, as many of each row.
 
-    functions: resolve's list.
+    functions: resolve's list. state: a TrainerState; logged: a Logged, which takes what the rewards log.
     """
     G = len(ids) // len(rows)
     texts = [prefill + text for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -425,6 +500,8 @@ def score_completions(tokenizer, rows, ids, functions, *, prefill, max_new_token
         max_new_tokens=max_new_tokens,
         reward_messages=reward_messages,
         timeout=timeout,
+        state=state or TrainerState(),
+        logged=logged or Logged(len(ids)),
     )
     return texts, parts, reward
 
@@ -440,13 +517,16 @@ def score(
     max_new_tokens=None,
     reward_messages=False,
     timeout=60.0,
+    state=None,
+    logged=None,
 ):
     """Scores N completions: (parts (N, R), reward (N,)), float64 numpy arrays, NaN where a score is None.
 
     rewards: resolve's list. prompts: each completion's, text or messages. columns: name -> N values. Every
     reward is called once, on the whole batch; async ones run together. reward = sum of weight * part over the
     parts that are not None, and None only where all of them are, as TRL has it; parts of weight 0 are only
-    reported. timeout: seconds for each call (for all async ones together), None: no limit.
+    reported. timeout: seconds for each call (for all async ones together), None: no limit. state, logged: as
+    in score_completions; without them no reward is offered TRL's three keywords.
 
     Raises RewardError where a reward raises, hangs, or returns anything but N numbers or None. A call
     runs in a thread that is left behind when its time is up: unlike a signal that works in any process,
@@ -465,6 +545,8 @@ def score(
         known["completion_ids"] = completion_ids
     if max_new_tokens is not None:
         known["max_new_tokens"] = max_new_tokens
+    if logged is not None:
+        known |= dict(trainer_state=state, log_extra=logged.log_extra, log_metric=logged.log_metric)
     clash = sorted(known.keys() & columns.keys())
     if clash:
         raise RewardError(
@@ -472,6 +554,9 @@ def score(
             "rename the column"
         )
     results = call_all(rewards, known | columns, timeout)
+    for (label, function, _), result in zip(rewards, results):
+        if isinstance(result, BaseException):
+            raise failure(label, function, result, reward_messages) from result
     parts = [checked(label, result, N) for (label, _, _), result in zip(rewards, results)]
     parts = np.array(parts, dtype=np.float64).reshape(len(rewards), N).T  # (N, R)
     weights = np.array([weight for _, _, weight in rewards])
@@ -633,10 +718,59 @@ def outcome(call):
         return e
 
 
+def failure(label: str, function, error: BaseException, reward_messages: bool) -> RewardError:
+    """One sentence about what a reward raised, where, and what may help."""
+    if isinstance(error, RewardError) and error.__traceback__ is None:  # the runner's own: it took too long
+        return error
+    sentence = f"reward {label!r} raised {type(error).__name__}: {short(error)}"
+    return RewardError(sentence + place(function, error) + advice(error, reward_messages))
+
+
+def place(function, error: BaseException) -> str:
+    """ " (configs/mine.py, line 12)": the last line of the reward's own file on the way to its error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    own = [frame for frame in frames if code and frame.filename == code.co_filename]
+    frames = own or [frame for frame in frames if frame.filename != __file__]
+    if not frames and not code:
+        return ""
+    # asyncio drops the way to a cancellation: then it is the line where the reward begins.
+    file, line = (
+        (frames[-1].filename, frames[-1].lineno) if frames else (code.co_filename, code.co_firstlineno)
+    )
+    if file.startswith(os.getcwd() + os.sep):
+        file = os.path.relpath(file)
+    return f" ({file}, line {line})"
+
+
+# What Python says to c[0]["content"] and the like where c is text, and to text functions given messages.
+WANTS_MESSAGES = (
+    "string indices must be integers",
+    "string index out of range",
+    "'str' object has no attribute",
+)
+WANTS_TEXT = ("expected string or bytes-like object, got 'list'", "'list' object has no attribute")
+
+
+def advice(error: BaseException, reward_messages: bool) -> str:
+    """What to try where a reward seems to want messages and got text, or the other way round."""
+    said = str(error)
+    if not reward_messages and said.startswith(WANTS_MESSAGES):
+        return (
+            "; it got text and seems to want messages: set reward_messages=True, which gives completions and "
+            "prompts as messages where a row's prompt is a list of them"
+        )
+    if reward_messages and said.startswith(WANTS_MESSAGES):
+        return "; this row's prompt is text and not a list of messages, and then its completion is text too"
+    if reward_messages and said.startswith(WANTS_TEXT):
+        return "; it got messages and seems to want text: leave reward_messages out"
+    return ""
+
+
 def checked(label: str, result, N: int) -> list[float]:
     """N floats, NaN for None, of what a reward returned; RewardError for anything else."""
-    if isinstance(result, BaseException):
-        raise RewardError(f"reward {label!r} raised {type(result).__name__}: {short(result)}") from result
     has_length = hasattr(result, "__len__")
     if isinstance(result, (str, dict)) or not has_length or len(result) != N:
         size = f"{len(result)} values" if has_length else "no list"
