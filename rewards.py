@@ -17,8 +17,9 @@ punishment. Anything else that is not a finite number stops the run with one sen
 
 Text written by a model is read, never evaluated: numbers are parsed by a regular expression that knows
 ASCII digits only, into exact decimals. No function here raises on any text, and none takes more than
-milliseconds, however long or hostile the text is. Three in tasks/ ask others: `math` a process of its own
-that can be killed, `code` the sandbox (tasks/sandbox.py, imported only there), `judge` a server.
+milliseconds, however long or hostile the text is. Three in tasks/ ask others: `math` processes of its own,
+which the kernel ends after a second, `code` the sandbox (tasks/sandbox.py, imported only there), `judge` a
+server.
 
 Here are the rewards that read a text or count tokens, then the runner. arithmetic, countdown, math, code and
 judge are in tasks/, each beside its rows.

@@ -22,9 +22,10 @@ import signal
 import sys
 
 LARGEST = 40_000  # bits of a number: about 12,000 decimal digits
-MEMORY = 2**31  # bytes of address space of a process
-# Ends by these are the answer's doing: its time is up, or its formula is nested deeper than the stack.
-ITS_OWN = (signal.SIGPROF, signal.SIGSEGV)
+MEMORY = 2**30  # bytes of address space of a process
+# Ends that come from outside. By any other signal a child ends because of what it computed: its time is up,
+# its stack too deep, or GMP, where sympy has it, aborts over a number.
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class TooLarge(Exception):
@@ -124,7 +125,7 @@ def watch(connection: int):
         status = os.waitpid(child, 0)[1]
         if not os.WIFSIGNALED(status):
             return
-        became = "hung" if os.WTERMSIG(status) in ITS_OWN else "lost"
+        became = "lost" if os.WTERMSIG(status) in FROM_OUTSIDE else "hung"
         os.write(connection, json.dumps(became).encode() + b"\n")
 
 

@@ -439,6 +439,29 @@ def test_what_the_grader_cannot_do_is_not_scored(monkeypatch):
     assert mathematics([r"\boxed{x}", r"\boxed{3}"], answer=["x", "3"]) == [None, 1.0]
 
 
+@pytest.mark.parametrize(
+    "end, word",
+    [("os.abort()", "hung"), ("os.kill(os.getpid(), 9)", "lost"), ("os.kill(os.getpid(), 11)", "hung")],
+)
+def test_only_an_end_that_comes_from_outside_is_no_fault_of_the_answer(end, word):
+    """An answer over which a library aborts would be None for ever, and None goes unpunished."""
+    program = f"import os, sys, tasks.equals as e; e.serve = lambda questions, _: (next(questions), {end})\n"
+    program += "e.watch(int(sys.argv[1]))"
+    here, there = socket.socketpair()
+    options = dict(cwd=ROOT, pass_fds=[there.fileno()], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", program, str(there.fileno())], **options)
+    there.close()
+    here.settimeout(20)
+    with here.makefile("rw") as lines:
+        assert lines.readline() == "true\n"
+        for _ in range(2):  # the next child answers the next question
+            lines.write("question\n")
+            lines.flush()
+            assert json.loads(lines.readline()) == word
+    here.close()
+    process.wait(20)
+
+
 @needs_math
 def test_the_processes_end_with_the_run_also_when_it_is_killed():
     program = "import time, tasks.math as m; m.mathematics(['<answer>x</answer>'], answer=['y'])\n"
