@@ -22,6 +22,7 @@ import signal
 import sys
 
 LARGEST = 40_000  # bits of a number: about 12,000 decimal digits
+GOLD_SECONDS = 5.0  # CPU time to read the row's own answer, which no completion can make longer
 MEMORY = 2**30  # bytes of address space of a process
 # Ends that come from outside. By any other signal a child ends because of what it computed: its time is up,
 # its stack too deep, or GMP, where sympy has it, aborts over a number.
@@ -106,9 +107,10 @@ def serve(questions, answers):
     """Answers every question, each with CPU time of its own; the kernel ends this process where it is up."""
     for line in questions:
         right, said, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_PROF, GOLD_SECONDS)
         for part in answer(right, said):
             print(json.dumps(part), file=answers, flush=True)
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # that of the answer begins when `right` is read
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
@@ -138,6 +140,7 @@ def main(setup: str):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(5000)
     guard_all()
+    list(answer(r"x + \frac{1}{2}", r"\sqrt{2}"))  # what is compiled and cached then, every child inherits
     for connection in connections:
         if os.fork() == 0:
             watch(connection)

@@ -49,7 +49,7 @@ def mathematics(completions, prompts=None, *, answer, evaluated=True, seconds=1.
     The last \\boxed{..} counts, else what is tagged <answer>, follows "####" or "answer is", the last
     formula, the last number. evaluated: where the row's answer is a number, that of the completion must be
     one too and not a sum, a power or a function still to be computed, so that to repeat the question is no
-    answer. seconds: CPU time that a comparison may take.
+    answer. seconds: CPU time that a comparison may take, a tenth of it after MANY that took it all.
 
     An answer that is too large, takes too long or cannot be read gets 0. None is for what is not its fault:
     the row's answer is not mathematics, or the processes that compare were lost.
@@ -61,17 +61,26 @@ def mathematics(completions, prompts=None, *, answer, evaluated=True, seconds=1.
     return [same[pair] for pair in pairs]
 
 
+# Comparisons that may take their whole time in one call. The others then get a tenth, still several times
+# what an answer takes that does not hang, so that a batch of such answers cannot use up reward_timeout.
+MANY = 16
+
+
 def compared(pairs: list, evaluated: bool, seconds: float) -> dict:
     """(right, said) -> its verdict, with as many threads as there are processes to ask."""
     waiting = queue.SimpleQueue()
     verdicts = {}
+    hung_before = EQUALS.hung
 
     def work():
         with contextlib.suppress(queue.Empty):
             while True:
                 pair = waiting.get_nowait()
+                patience = seconds
+                if EQUALS.hung - hung_before > MANY:
+                    patience = seconds / 10
                 try:
-                    verdicts[pair] = equal(*pair, evaluated, seconds)
+                    verdicts[pair] = equal(*pair, evaluated, patience)
                 except RewardError as e:
                     verdicts[pair] = e
 
@@ -348,6 +357,7 @@ class Equals:
 
     def __init__(self):
         self.process = None
+        self.hung = 0  # answers that took all their time
         self.free = None  # sockets, each to a process that has nothing to do
         self.lock = threading.Lock()
 
@@ -369,8 +379,11 @@ class Equals:
                 free.put(connection)
             if gold is not True:
                 return None
+            if same == ["hung"]:
+                self.hung += 1
+                return 0.0
             if same != ["lost"]:
-                return 0.0 if same == ["hung"] else same[0]
+                return same[0]
         return None
 
     def running(self) -> tuple:

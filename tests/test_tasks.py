@@ -27,7 +27,7 @@ from tasks.arithmetic import worked
 from tasks.code import code, python_block
 from tasks.countdown import countdown
 from tasks.judge import judge, score_of
-from tasks.math import EQUALS, Equals, final_answer, mathematics
+from tasks.math import EQUALS, WORKERS, Equals, final_answer, mathematics
 from test_data import write
 from test_rewards import HAS_MATH, HOSTILE, fuzz, one, run
 
@@ -402,20 +402,36 @@ def test_what_is_too_large_to_evaluate_is_wrong_and_takes_no_time(right):
 @needs_math
 def test_an_answer_that_hangs_is_wrong_not_unscored_and_the_next_one_works():
     """None is left out of the group's baseline: a policy that hangs its grader would go unpunished."""
-    slow = r"\boxed{\int_0^1 x^{x^{x^x}} dx}"
+    slow = r"\boxed{\int_0^{1} x^{x^{x}} dx}"
     mathematics([r"\boxed{x + 1}"], answer=["1 + x"])
-    process = EQUALS.process
+    process, hung = EQUALS.process, EQUALS.hung
     start = time.perf_counter()
-    got = mathematics([slow, r"\boxed{x}", slow + " ", r"\boxed{y}"], answer=["x + 1"] * 2 + ["y"] * 2)
-    assert got == [0.0, 0.0, 0.0, 1.0] and time.perf_counter() - start < 20
+    texts = [slow, r"\boxed{70 + 2}", slow + " ", r"\boxed{71 + 2}"]
+    got = mathematics(texts, answer=["72", "72", r"\pi", "72"], evaluated=False)
+    assert got == [0.0, 1.0, 0.0, 0.0] and EQUALS.hung == hung + 2 and time.perf_counter() - start < 20
     assert mathematics([slow], answer=["72"], evaluated=False, seconds=0.1) == [0.0]
     assert mathematics([r"\boxed{x}"], answer=["x"]) == [1.0] and EQUALS.process is process
 
 
 @needs_math
-def test_a_row_whose_own_answer_cannot_be_read_in_time_is_not_scored():
-    got = mathematics([r"\boxed{x}"] * 2, answer=["!!!", r"\int_0^1 x^{x^{x^x}} dx + \pi"], seconds=0.001)
-    assert got == [None, None]
+def test_a_batch_of_answers_that_hang_does_not_take_the_time_of_the_run(monkeypatch):
+    """512 of them, a second each, were more than reward_timeout on two cores."""
+    monkeypatch.setattr("tasks.math.MANY", 2)
+    given, ask = [], EQUALS.ask
+    monkeypatch.setattr(
+        EQUALS, "ask", lambda question, seconds: (given.append(seconds), ask(question, seconds))[1]
+    )
+    slow = [rf"\boxed{{\int_0^{{{n}}} x^{{x^{{x}}}} dx}}" for n in range(1, 21)]
+    got = mathematics([*slow, r"\boxed{36 + 36}"], answer=["72"] * 21, seconds=0.3, evaluated=False)
+    assert got == [0.0] * 20 + [1.0]
+    assert given[0] == 0.3 and given[-1] == pytest.approx(0.03) and given.count(0.3) <= 3 + WORKERS
+
+
+@needs_math
+def test_a_row_whose_own_answer_cannot_be_read_is_not_scored(monkeypatch):
+    assert mathematics([r"\boxed{x}"] * 2, answer=["!!!", "x"], seconds=0.02) == [None, 1.0]
+    monkeypatch.setattr("tasks.math.exchange", lambda *_: ["hung"])  # the child ended before it had read it
+    assert mathematics([r"\boxed{x}"], answer=["x"]) == [None]
 
 
 @needs_math
@@ -486,7 +502,7 @@ def test_math_verify_is_never_imported_from_the_current_folder(tmp_path):
         (tmp_path / f"{name}.py").write_text(write_text + "def verify(*_, **__): return True\n")
     program = f"import sys; sys.path += [{str(ROOT)!r}]\nfrom tasks.math import mathematics\n"
     program += r"print(mathematics(['\\boxed{x}'], answer=['y']))"
-    for path in ("", ".", str(tmp_path)):
+    for path in ("", str(tmp_path)):
         env = dict(os.environ, PYTHONPATH=path)
         out = subprocess.run(
             [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env
