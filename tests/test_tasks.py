@@ -407,9 +407,8 @@ def test_an_answer_that_hangs_is_wrong_not_unscored_and_the_next_one_works():
     process, hung = EQUALS.process, EQUALS.hung
     start = time.perf_counter()
     texts = [slow, r"\boxed{70 + 2}", slow + " ", r"\boxed{71 + 2}"]
-    got = mathematics(texts, answer=["72", "72", r"\pi", "72"], evaluated=False)
+    got = mathematics(texts, answer=["72", "72", r"\pi", "72"], evaluated=False, seconds=0.2)
     assert got == [0.0, 1.0, 0.0, 0.0] and EQUALS.hung == hung + 2 and time.perf_counter() - start < 20
-    assert mathematics([slow], answer=["72"], evaluated=False, seconds=0.1) == [0.0]
     assert mathematics([r"\boxed{x}"], answer=["x"]) == [1.0] and EQUALS.process is process
 
 
