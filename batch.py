@@ -98,9 +98,9 @@ class Batch:
     kept: torch.Tensor | None = None  # (n,) bool: counts in the loss and in its divisor
     needed: torch.Tensor | None = None  # (n,) bool: has a gradient, so it is computed
     entropy_bar: torch.Tensor | None = None  # nats; tokens below it leave the policy term
+    extra: dict = field(default_factory=dict)  # column -> n values, which rewards logged for rollouts/
     old_logp: list[list[float]] | None = None  # n, what ratios compare with; None: the policy as it is
     entropies: dict = field(default_factory=dict)  # row -> (C,) nats, of the trainer, as far as computed
-    extra: dict = field(default_factory=dict)  # column -> n values, which rewards logged for rollouts/
 
     @property
     def group_size(self) -> int:

@@ -137,6 +137,7 @@ def is_unit(word: str) -> bool:
 POINTER = re.compile(r"####|\\boxed|(?<!/)\banswers?\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")
 POINTED = re.compile(rf"(?:[\s:=>*_({{$\\\[~≈]|is\b|are\b|now\b)*+{NUMBER}")
+SPACED_SIGN = re.compile(r"^([\s:$(*]{0,9}[-−]) (?=[$0-9.])")  # "- 5" is -5
 # After a number: what makes it part of another, or one of several.
 GOES_ON = re.compile(
     r"[ }]{0,3}(?:[=%]|\*{0,2} {0,2}[-+−*/^×÷]? {0,2}(?:and |or )?,? ?\$?[(0-9])|[.,:]?[0-9]"
@@ -153,6 +154,7 @@ def stated_number(text: str) -> Decimal | None:
     end = text[-4000:]
     for pointer in reversed(list(POINTER.finditer(end))[-POINTERS:]):
         sentence = SENTENCE_END.split(end[pointer.end() : pointer.end() + 300], maxsplit=1)[0]
+        sentence = SPACED_SIGN.sub(r"\1", sentence)
         match = POINTED.match(sentence)
         if match and not GOES_ON.match(sentence, match.end()):
             word = re.match(r" ?([^\W\d_]+)", sentence[match.end() :])

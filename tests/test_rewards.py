@@ -1051,7 +1051,10 @@ def test_what_rewards_log_lands_in_rollouts_and_metrics(tmp_path, capsys, keys):
 
 
 def test_every_strict_reward_with_a_lenient_twin_is_no_more_generous():
-    texts, answers = ["#### 42", "42", "#### 41", "the 42nd, 7"], ["42"] * 4
+    forms = [("42", text) for text in ("#### 42", "42", "#### 41", "the 42nd, 7")]
+    forms += [("72", form) for form in readers.forms("gsm8k", "right")]
+    forms += [("-5", form) for form in readers.forms("gsm8k, below 0", "right")]
+    answers, texts = zip(*forms)
     for name, twin in rewards.LENIENT.items():
         assert all(a <= b for a, b in zip(REWARDS[name](texts, answer=answers), twin(texts, answer=answers)))
 
