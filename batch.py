@@ -78,6 +78,7 @@ class Step:
     timer: Timer = field(default_factory=Timer)
     drawn: Scores | None = None  # of all ranks, as first drawn: what the log shows, so that curves compare
     scores: Scores | None = None  # of all ranks, as trained on: after groups without signal were replaced
+    logged: list = field(default_factory=list)  # rewards.Logged of each call of the rewards, on this rank
     tokens_drawn: int = 0  # on this rank
     tokens_read: int = 0  # on this rank: each completion counts its prompt
     resampled: int = 0  # prompts that dynamic sampling used, on this rank
@@ -97,6 +98,7 @@ class Batch:
     kept: torch.Tensor | None = None  # (n,) bool: counts in the loss and in its divisor
     needed: torch.Tensor | None = None  # (n,) bool: has a gradient, so it is computed
     entropy_bar: torch.Tensor | None = None  # nats; tokens below it leave the policy term
+    extra: dict = field(default_factory=dict)  # column -> n values, which rewards logged for rollouts/
     old_logp: list[list[float]] | None = None  # n, what ratios compare with; None: the policy as it is
     entropies: dict = field(default_factory=dict)  # row -> (C,) nats, of the trainer, as far as computed
     logps: dict = field(default_factory=dict)  # the same of log-probabilities, before the first update
@@ -114,6 +116,9 @@ class Batch:
             getattr(self.out, name)[here] = getattr(other.out, name)[there]
         for name in ("texts", "parts", "reward"):
             getattr(self, name)[here] = getattr(other, name)[there]
+        for name in self.extra.keys() | other.extra.keys():
+            column = self.extra.setdefault(name, [None] * len(self.texts))
+            column[here] = other.extra.get(name, [None] * len(other.texts))[there]
 
     def tokens(self, numbers: list[int], device) -> Tokens:
         """What the tokens of the rows `numbers` carry, laid end to end."""

@@ -470,6 +470,14 @@ DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,60}(?![0-9])|[0-9]{1,200}+)"
 NUMBER = rf"{SIGN}\$?({DIGITS}(?:\.[0-9]{{1,200}}+)?|(?<![0-9])\.[0-9]{{1,200}}+)"
 ANYWHERE = re.compile(NUMBER)
 WHOLE = re.compile(rf"\s*\\?\$?{NUMBER}\s*%?\.?\s*")
+# Words after a number that make another one of it: 72 million, 72 or more and 72 squared are not 72.
+CHANGE_A_NUMBER = set(
+    """k dozen hundred thousand million billion trillion dozens hundreds thousands millions billions trillions
+    half halves third thirds fourth fourths fifth fifths tenth tenths hundredth hundredths thousandth
+    thousandths quarter point or nor not squared cubed factorial power zero one two three four five six seven
+    eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty
+    forty fifty sixty seventy eighty ninety""".split()
+)
 
 
 def text_of(completion) -> str:
@@ -511,3 +519,32 @@ def tagged(text: str) -> str:
     _, opened, rest = text.rpartition("<answer>")
     inside, closed, _ = rest.partition("</answer>")
     return inside.strip()[:300] if opened and closed else ""
+
+
+def boxed(text: str) -> str:
+    """What the last closed \\boxed{..} or \\fbox{..} holds, braces balanced, at most 300 characters."""
+    at = len(text)
+    for _ in range(20):  # boxes without an end or without content are passed over, but not for ever
+        at = max(text.rfind("\\boxed", 0, at), text.rfind("\\fbox", 0, at))
+        if at < 0:
+            break
+        after = text[at : at + 310].partition("box")[2].removeprefix("ed").lstrip()
+        inside = braced(after)
+        if inside:
+            return inside
+    return ""
+
+
+def braced(text: str) -> str:
+    """What stands between the brace that a text begins with and its partner; "" where there are not both."""
+    if not text.startswith("{"):
+        return ""
+    depth = 0
+    for i, c in enumerate(text):
+        if c == "{":
+            depth += 1
+        elif c == "}":
+            depth -= 1
+        if depth == 0:
+            return text[1:i].strip()
+    return ""

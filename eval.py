@@ -5,7 +5,9 @@ pass@k, each with its interval.
     python eval.py configs/gsm8k.py --model=out/gsm8k/ckpt/step_000500 --eval_samples=8
 
 It is also the check before a run: it samples one step's batch of training prompts and shows what GRPO would
-learn from, and what it would trip over.
+learn from, and what it would trip over. And it shows what the rewards pay for an empty answer, the question
+repeated, the gold answer alone, ten answers at once and 10,000 tokens of nothing, with a warning where that
+is as much as for a right answer.
 """
 
 import sys
@@ -15,7 +17,7 @@ import torch
 import config as configs
 import data
 import rewards as rewarding
-from evaluation import evaluate, first_batch, summary
+from evaluation import evaluate, first_batch, lint, summary
 from policy import load_policy, pick_device
 from rollout import Sampler
 
@@ -55,6 +57,8 @@ def main(cfg):
     )  # fmt: skip
     sampler = Sampler(model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
     print(show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids))
+    rows = task.batch(0, cfg.prompts_per_step, cfg.seed)
+    print(lint(tokenizer, rows, functions, **configs.reward_options(cfg)))
     rows = task.eval[: cfg.eval_problems]
     options = configs.evaluation_options(cfg)
     metrics, _ = evaluate(sampler, tokenizer, rows, functions, stop_ids=stop_ids, **options)

@@ -2,7 +2,8 @@
 
 A completion is right when the config's first reward gives it 1 or more; leniently right, when that reward's
 lenient twin does (rewards.LENIENT), so the two differ by those who know the answer and not the form.
-train.py calls `evaluate` before, during and after; eval.py is the script.
+train.py calls `evaluate` before, during and after; eval.py is the script, and also shows what the rewards pay
+for texts that answer nothing: an optimiser finds those.
 
 Dims: B prompts of a batch, G completions a prompt; N problems, k samples of each.
 """
@@ -190,4 +191,185 @@ def refuse_hopeless(reward, stopped, max_new_tokens: int, within_groups=True):
         f"in the first batch all {G} rewards of each of {B} groups are equal "
         f"(from {min(known):g} to {max(known):g}; {cut:.0%} of the completions cut), "
         f"so every advantage is 0: {knob}, {go_on}"
+    )
+
+
+# --------------------------------------------------------------- what rewards pay for answers that are none
+RIGHT, WRONG = "right", "wrong"
+TEMPTS = {  # column of the table -> what it is, and what a policy learns that finds out that it pays
+    "empty": ("an empty answer", "to say nothing"),
+    "question": ("the question repeated", "to repeat the question"),
+    "gold": ("the gold answer alone", "not to show its work (no fault where only the answer counts)"),
+    "ten": ("ten answers at once", "to list guesses"),
+    "nothing": ("10,000 tokens of nothing", "to ramble"),
+}
+# How answers are marked. Which of them a reward reads is seen from what it pays.
+MARKS = (
+    "#### {}",
+    "\\boxed{{{}}}",
+    "The answer is {}.",
+    "<answer>{}</answer>",
+    "<think>So it is.</think>\n<answer>{}</answer>",
+    "```python\n{}\n```",
+)
+GOLD = ("answer", "ground_truth", "target", "solution", "label")  # columns that may hold a row's answer
+ROWS = 4  # of the first batch: enough to see what is paid, and few calls of a slow reward
+NOTHING = " so" * 10_000
+
+
+def gold_of(row: dict) -> str:
+    """A row's answer without its work: the first of GOLD's columns that it has; "" where it has none."""
+    for name in GOLD:
+        if isinstance(row.get(name), (str, int, float)):
+            text = str(row[name])
+            return text.rpartition("####")[2].strip() or text
+    return ""
+
+
+def ten_guesses(gold: str, others: list[str]) -> list[str]:
+    """Ten answers with the right one in the middle: who reads the first or the last finds a wrong one."""
+    number = data.only_number(gold)
+    if number is not None and abs(number) < 10**15:
+        guesses = [f"{number + i:f}" for i in range(1, 10)]
+    else:
+        guesses = [*"01234", *dict.fromkeys(other for other in others if other != gold), *"56789"]
+    return [*guesses[:5], gold, *guesses[5:9]]
+
+
+def probes_of(row: dict, others: list[str]) -> list[tuple[str, str]]:
+    """(column, text) of all that is tried on a row. Every row gets as many, in the same order.
+
+    others: answers of other rows.
+    """
+    gold = gold_of(row)
+    guesses = ten_guesses(gold, others)
+    probes = [("empty", ""), ("question", data.prompt_text(row["prompt"])), ("gold", gold)]
+    probes += [("ten", " ".join(guesses)), ("ten", ", ".join(guesses)), ("nothing", NOTHING)]
+    solution = row.get("solution")
+    probes += [(RIGHT, solution if isinstance(solution, str) else gold), (WRONG, guesses[-1])]
+    for mark in MARKS:
+        probes.append((RIGHT, mark.format(gold)))
+        probes.append((WRONG, mark.format(guesses[-1])))
+        probes.append(("ten", "\n".join(mark.format(guess) for guess in guesses)))
+        probes.append(("ten", mark.format(", ".join(guesses))))
+    return probes
+
+
+def pays(tokenizer, rows, functions, columns, *, prefill, max_new_tokens, reward_messages, timeout) -> dict:
+    """Column -> (R + 1,): what each reward, and all together, pay for it, the mean over rows, NaN for None.
+
+    columns: which are tried. Of several texts in one column the best counts.
+    """
+    golds = [gold_of(row) for row in rows]
+    probes = [probe for row in rows for probe in probes_of(row, golds) if probe[0] in columns]
+    K = len(probes) // len(rows)
+    texts = [prefill + text.removeprefix(prefill) for _, text in probes]
+    parts, reward = rewarding.score(
+        functions,
+        texts,
+        [row["prompt"] for row in rows for _ in range(K)],
+        data.columns(rows, K),
+        group_size=K,
+        completion_ids=[ids_of(tokenizer, text) for text in texts],
+        max_new_tokens=max_new_tokens,
+        reward_messages=reward_messages,
+        timeout=timeout,
+        state=rewarding.TrainerState(),
+        logged=rewarding.Logged(len(texts)),
+    )
+    paid = np.column_stack([parts, reward]).reshape(len(rows), K, -1)
+    names = [name for name, _ in probes[:K]]
+    found = {}
+    for column in columns:
+        of_column = [i for i, name in enumerate(names) if name == column]
+        found[column] = nan_mean(nan_max(paid[:, of_column]))
+    return found
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    """A text's ids; one for each character where the tokenizer does not know them all."""
+    if text.endswith(NOTHING):
+        return [0] * 10_000
+    try:
+        return data.encode(tokenizer, text)
+    except ValueError:
+        return [0] * len(text)
+
+
+def nan_max(values):
+    """Over axis 1; NaN only where all are."""
+    highest = np.where(np.isnan(values), -np.inf, values).max(1)
+    return np.where(np.isinf(highest), np.nan, highest)
+
+
+def nan_mean(values):
+    """Over axis 0, of those that are not NaN."""
+    known = ~np.isnan(values)
+    total = np.where(known, values, 0.0).sum(0)
+    return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
+
+
+def lint(tokenizer, rows, functions, **options) -> str:
+    """A table of what each reward pays for answers that are none, and warnings where that is too much.
+
+    functions: rewards.resolve's list; options: rewards.score_completions's keywords.
+    """
+    rows = rows[:ROWS]
+    has_gold = all(gold_of(row) for row in rows)
+    columns = [*([RIGHT, WRONG] if has_gold else []), *TEMPTS]
+    try:
+        paid = pays(tokenizer, rows, functions, columns, **options)
+    except rewarding.RewardError:
+        return what_fails(tokenizer, rows, functions, columns, options)
+    labels = [label for label, _, _ in functions]
+    labels += ["all together"] if len(functions) > 1 else []
+    width = max(map(len, labels))
+    heading = "".join(f"{column:>10}" for column in columns)
+    lines = [f"what the rewards pay, the mean over {len(rows)} prompts:", " " * (width + 2) + heading]
+    for i, label in enumerate(labels):
+        cells = ["none" if np.isnan(paid[column][i]) else f"{paid[column][i]:.3f}" for column in columns]
+        lines.append(f"  {label:{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    if not has_gold:
+        lines.append(
+            f"what a right answer earns is not known: the rows have none of the columns {', '.join(GOLD)}"
+        )
+        return "\n".join(lines)
+    for i, label in enumerate(labels):
+        is_trained_on = i == len(functions) or functions[i][2] > 0
+        of_reward = {column: float(paid[column][i]) for column in columns}
+        # A reward for the form or the length alone grades nothing. It must not outweigh those that do.
+        if is_trained_on and (i == len(labels) - 1 or of_reward[RIGHT] > of_reward[WRONG]):
+            lines += warnings_of(label, of_reward)
+    return "\n".join(lines)
+
+
+def warnings_of(label: str, paid: dict) -> list[str]:
+    """A line for each column that earns as much as a right answer, or is not scored where a right one is."""
+    right = paid[RIGHT]
+    lines = []
+    if paid[WRONG] >= right:
+        lines.append(
+            f"warning: {label} pays {paid[WRONG]:.3f} for a wrong answer and {right:.3f} for a right one"
+        )
+    for column, (what, lesson) in TEMPTS.items():
+        kind = "note" if column == "gold" else "warning"
+        if paid[column] >= right:
+            sums = f"{paid[column]:.3f} for {what} and {right:.3f} for a right one"
+            lines.append(f"{kind}: {label} pays {sums}: a policy may learn {lesson}")
+        elif np.isnan(paid[column]) and not np.isnan(right):
+            lines.append(f"warning: {label} cannot score {what} (None), so that goes unpunished")
+    return lines
+
+
+def what_fails(tokenizer, rows, functions, columns, options) -> str:
+    """What a reward raises, and for which of the columns."""
+    lines = []
+    for column in columns:
+        try:
+            pays(tokenizer, rows, functions, [column], **options)
+        except rewarding.RewardError as e:
+            what = TEMPTS[column][0] if column in TEMPTS else f"a {column} answer"
+            lines.append(f"warning: {what} would stop a run: {e}")
+    return "\n".join(
+        lines or ["warning: the rewards fail on some of several texts, and on none of them alone"]
     )

@@ -25,7 +25,7 @@ import data
 import rewards as rewarding
 import rollout
 from evaluation import summary
-from ranks import rank, say, world
+from ranks import gather, rank, say, world
 
 
 # --------------------------------------------------------------------------------------------- metrics
@@ -55,6 +55,26 @@ def reward_metrics(scores, rewards) -> dict:
         known = parts[:, i][~np.isnan(parts[:, i])]
         m[f"rewards/{label}/mean"] = float(known.mean()) if len(known) else None
         m[f"rewards/{label}/std"] = float(known.std(ddof=1)) if len(known) > 1 else None
+    return m
+
+
+def logged_metrics(logged: list, taken) -> dict:
+    """Means over the step and all ranks of what rewards logged with log_metric; every rank calls this.
+
+    logged: this rank's rewards.Logged. A name that is one of the run's own metrics (`taken`) gets "logged/"
+    in front.
+    """
+    mine = {}
+    for some in logged:
+        for name, values in some.metrics.items():
+            total, count = mine.get(name, (0.0, 0))
+            mine[name] = (total + sum(values), count + len(values))
+    everyone = gather(mine)
+    m = {}
+    for name in sorted({name for of_rank in everyone for name in of_rank}):
+        pairs = [of_rank[name] for of_rank in everyone if name in of_rank]
+        label = f"logged/{name}" if name in taken else name
+        m[label] = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
     return m
 
 
@@ -134,6 +154,7 @@ def write_rollouts(run, step, batch):
                 reward=none_for_nan(batch.reward[n]),
                 parts={label: none_for_nan(batch.parts[n, i]) for i, label in enumerate(labels)},
                 advantage=float(batch.adv[n]),
+                **logged_columns(batch, n),
                 finish_reason="stop" if batch.out.stopped[n] else "length",
                 logprobs=[round(logp, 5) for logp in drawn],
                 entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
@@ -164,6 +185,12 @@ def write_answers(run, rows, texts, right):
         for problem, (row, text, is_right) in enumerate(zip(rows, texts, right)):
             answer = dict(step=number, problem=problem, prompt=row["prompt"], completion=text, right=is_right)
             f.write(json.dumps(answer, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def logged_columns(batch, n: int) -> dict:
+    """What rewards logged of completion n with log_extra, under "extra", where they logged something."""
+    extra = {name: values[n] for name, values in batch.extra.items()}
+    return dict(extra=extra) if extra else {}
 
 
 def none_for_nan(x):
@@ -325,6 +352,7 @@ COLUMNS = [  # heading, metric, format
     ("length", "completions/mean_length", "7.1f"),
     ("cut%", "completions/clipped_ratio", "6.1%"),
     ("same%", "frac_reward_zero_std", "6.0%"),
+    ("none", "reward_failures", "4.0f"),
     ("|grad|", "grad_norm", "7.3f"),
     ("sample t/s", "tokens_per_second/sample", "10,.0f"),
     ("train t/s", "tokens_per_second/train", "10,.0f"),

@@ -5,17 +5,21 @@
 A pair is a name of REWARDS or a function, and its weight. A reward is `f(completions, prompts, **columns)
 -> list[float | None]`, TRL's signature, plain or async, and one written for TRL runs unchanged. Arguments
 go by name. Every column of the rows arrives as a list with an entry a completion, and the runner adds
-`completion_ids` (the sampled ids, the stop included), `group_size` and `max_new_tokens`. A function gets
-what its signature names, or everything if it takes **kwargs. The keyword defaults below are changed with
-functools.partial in a config file.
+`completion_ids` (the sampled ids, the stop included), `group_size` and `max_new_tokens`, and in a run TRL's
+`trainer_state` (step, max_steps), `log_extra(column, values)` for a column of rollouts/, and
+`log_metric(name, value)` for metrics.jsonl, the mean over a step. A function gets what its signature names,
+or everything if it takes **kwargs. The keyword defaults below are changed with functools.partial in a config
+file.
 
-None means 'cannot be scored'. Anything else that is not a finite number stops the run
-with one sentence (RewardError).
+None means 'cannot be scored': the grader could not do its work, or the row's answer is none. What a
+completion does to itself (too large to evaluate, hanging, unreadable) is 0, or None were a shelter from
+punishment. Anything else that is not a finite number stops the run with one sentence (RewardError).
 
 Text written by a model is read, never evaluated: numbers are parsed by a regular expression that knows
 ASCII digits only, into exact decimals. No function here raises on any text, and none takes more than
-milliseconds, however long or hostile the text is. Three in tasks/ ask others: `math` a process of its own
-that can be killed, `code` the sandbox (tasks/sandbox.py, imported only there), `judge` a server.
+milliseconds, however long or hostile the text is. Three in tasks/ ask others: `math` processes of its own,
+which the kernel ends after a second, `code` the sandbox (tasks/sandbox.py, imported only there), `judge` a
+server.
 
 Here are the rewards that read a text or count tokens, then the runner. arithmetic, countdown, math, code and
 judge are in tasks/, each beside its rows.
@@ -25,19 +29,24 @@ Tests: python -m pytest tests/test_rewards.py
 """
 
 import asyncio
+import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import math
+import os
 import queue
 import re
 import threading
+import traceback
 from decimal import Decimal
 
 import numpy as np
 
 import data
-from data import NUMBER, RewardError, any_number, exact, name_of, only_number, prompt_text, short, text_of
+from data import CHANGE_A_NUMBER, DIGITS, NUMBER, RewardError
+from data import any_number, exact, name_of, only_number, prompt_text, short, text_of
 from tasks.arithmetic import arithmetic
 from tasks.code import code, python_block
 from tasks.countdown import countdown
@@ -47,19 +56,21 @@ from tasks.math import final_answer, mathematics
 
 # --------------------------------------------------------------------------------------- right or wrong
 def gsm8k(completions, prompts=None, *, answer, **_):
-    """1 if the number after the last "####" equals the row's `answer`, else 0.
+    """1 if the last line that starts with #### holds one number, the row's `answer`, and no part of another.
 
-    None where `answer` is not a number.
+    Around the number may stand a currency sign, bold or round brackets or \\boxed{}, a final dot and a unit
+    of letters, and a percent sign where the answer has one. None where `answer` is not a number.
     """
-    return [same_number(marked_number(text_of(c)), right) for c, right in zip(completions, answer)]
+    return [same_number(marked_number(text_of(c), right), right) for c, right in zip(completions, answer)]
 
 
 def gsm8k_lenient(completions, prompts=None, *, answer, **_):
-    """1 if the last number anywhere in the completion equals the row's `answer`, else 0.
+    """1 if the number that a completion gives as its answer equals the row's `answer`, else 0.
 
-    None where `answer` is not a number.
+    It is the one that the last "####", \\boxed or "answer" points at, else the last of the text. None where
+    `answer` is not a number.
     """
-    return [same_number(any_number(text_of(c)), right) for c, right in zip(completions, answer)]
+    return [same_number(stated_number(text_of(c)), right) for c, right in zip(completions, answer)]
 
 
 def same_number(said: Decimal | None, answer) -> float | None:
@@ -68,21 +79,90 @@ def same_number(said: Decimal | None, answer) -> float | None:
     return None if right is None else float(said == right)
 
 
-# The number must end where it seems to: not 4.2.1, 42/7, 1,00 or 42e3.
-MARKED = re.compile(rf"[ \t]*+\\?\$?{NUMBER}(?!\d|[.,:/^]\d|[eE][-+]?\d)")
+# What may stand in the line of an answer: the number, a sign, brackets, a percent sign, currency, words.
+TOKEN = re.compile(
+    rf"(?P<number>{DIGITS}(?:\.[0-9]{{1,200}}+)?|\.[0-9]{{1,200}}+)|(?P<word>[^\W\d_]+)|(?P<sign>[-+−])"
+    r"|(?P<bracket>\*\*|__|\\(?:boxed|textbf) ?\{|\\[()]|[()}])|(?P<percent>\\?%)"
+    r"|(?P<other>[ ,.'’]|\\?\$|[€£¥])|(?P<wrong>.)",
+    re.DOTALL,
+)
+CLOSING = {"(": ")", "\\(": "\\)", "**": "**", "__": "__"}  # and } of all others
+LETTER_UNITS = set("gLlmsha")  # grams, litres, metres, seconds, hours; "a" day. Any other may be a variable.
+LONGEST = 400  # characters of a line with an answer
 
 
-def marked_number(text: str) -> Decimal | None:
-    """The number after the last "####" that has one. A hundred of them without a number end the search."""
-    at = len(text)
-    for _ in range(100):
-        at = text.rfind("####", 0, at)
-        if at < 0:
+def marked_number(text: str, answer="") -> Decimal | None:
+    """The number that the last line starting with #### holds; None where it holds none, or more than that.
+
+    answer: the row's. A percent sign is part of the number if that has none.
+    """
+    _, marked, line = f"\n{text}".rpartition("\n####")
+    line = line[:LONGEST].partition("\n")[0]
+    if not marked or len(line) == LONGEST:
+        return None
+    line = re.sub(r"\\text ?\{([^{}\d]*)\}", r" \1", line.replace("\t", " "))
+    found = read_line(TOKEN.finditer(line.strip("# \r")))
+    if not found or ("percent" in found and "%" not in str(answer)):
+        return None
+    return exact(found.get("sign", ""), found["number"])
+
+
+def read_line(tokens) -> dict | None:
+    """The number, sign and percent sign of a line; None if it has two of one, or what is part of a number."""
+    found = {}
+    closing = []
+    for token in tokens:
+        kind, text = token.lastgroup, token.group()
+        if kind == "bracket" and closing and text == closing[-1] and "number" in found:
+            closing.pop()
+        elif kind == "bracket" and text not in (")", "\\)", "}"):
+            closing.append(CLOSING.get(text, "}"))
+        elif kind in ("number", "sign", "percent"):
+            too_late = "number" in found if kind != "percent" else "number" not in found
+            if kind in found or too_late:
+                return None
+            found[kind] = text
+        elif kind == "word" and ("number" not in found or not is_unit(text)):
             return None
-        match = MARKED.match(text, at + 4)
-        if match:
-            return exact(*match.groups())
-    return None
+        elif kind in ("bracket", "wrong"):
+            return None
+    return found if "number" in found and not closing else None
+
+
+def is_unit(word: str) -> bool:
+    """Whether a word leaves the number before it what it is: 72 apples, and not 72 million or 72 x."""
+    return word in LETTER_UNITS if len(word) == 1 else word.casefold() not in CHANGE_A_NUMBER
+
+
+POINTER = re.compile(r"####|\\boxed|(?<!/)\banswers?\b", re.IGNORECASE)
+SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")
+POINTED = re.compile(rf"(?:[\s:=>*_({{$\\\[~≈]|is\b|are\b|now\b)*+{NUMBER}")
+SPACED_SIGN = re.compile(r"^([\s:$(*]{0,9}[-−]) (?=[$0-9.])")  # "- 5" is -5
+# After a number: what makes it part of another, or one of several.
+GOES_ON = re.compile(
+    r"[ }]{0,3}(?:[=%]|\*{0,2} {0,2}[-+−*/^×÷]? {0,2}(?:and |or )?,? ?\$?[(0-9])|[.,:]?[0-9]"
+)
+JOINED = re.compile(r"[/^*×÷][ (]*\$?[-−]?[0-9.,]+\W*$|\\[dt]?frac|[0-9] *[/^*×÷] *[0-9]")
+POINTERS = 20  # looked at, from the last
+
+
+def stated_number(text: str) -> Decimal | None:
+    """The number that the last "####", \\boxed or "answer" of a text points at, else its last number.
+
+    72 in "the answer is 72 apples in 3 boxes"; where something else stands between, the last of the sentence.
+    """
+    end = text[-4000:]
+    for pointer in reversed(list(POINTER.finditer(end))[-POINTERS:]):
+        sentence = SENTENCE_END.split(end[pointer.end() : pointer.end() + 300], maxsplit=1)[0]
+        sentence = SPACED_SIGN.sub(r"\1", sentence)
+        match = POINTED.match(sentence)
+        if match and not GOES_ON.match(sentence, match.end()):
+            word = re.match(r" ?([^\W\d_]+)", sentence[match.end() :])
+            return None if word and word.group(1).casefold() in CHANGE_A_NUMBER else exact(*match.groups())
+        number = any_number(sentence)
+        if number is not None:
+            return None if JOINED.search(sentence.rpartition("=")[2]) else number
+    return any_number(text)
 
 
 # --------------------------------------------------------------------------------------------- the form
@@ -90,7 +170,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format(completions, prompts=None, *, prefilled=True, **_):
-    """1 if the whole completion is <think>..</think><answer>..</answer>, else 0.
+    """1 if the whole completion is <think>..</think><answer>..</answer>, with something in both, else 0.
 
     Each tag is there once and nothing before, between or after. prefilled: the opening <think> may be
     missing, since a chat template that writes it puts it into the prompt, not the completion.
@@ -104,14 +184,27 @@ def well_formed(text: str, prefilled: bool) -> bool:
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
     # With one of each tag the two ends and the middle settle the order.
-    between, _, answer = text.partition("</think>")[2].partition("<answer>")
+    thought, _, rest = text.removeprefix("<think>").partition("</think>")
+    between, _, answer = rest.partition("<answer>")
     ends = text.startswith("<think>") and text.endswith("</answer>")
-    return ends and not between.strip() and answer != "</answer>"
+    said = thought.strip() and answer.removesuffix("</answer>").strip()
+    return ends and not between.strip() and bool(said)
 
 
 def tag_count(completions, prompts=None, *, tags=TAGS, **_):
-    """The share of the tags that are there exactly once: a quarter for each of the four."""
-    return [sum(text_of(c).count(tag) == 1 for tag in tags) / len(tags) for c in completions]
+    """The share of the tags that are there exactly once, and after those of `tags` before it that count."""
+    return [tags_in_order(text_of(c), tags) / len(tags) for c in completions]
+
+
+def tags_in_order(text: str, tags) -> int:
+    count = 0
+    end = 0  # of the last tag that counts
+    for tag in tags:
+        at = text.find(tag)
+        if at >= end and text.count(tag) == 1:
+            count += 1
+            end = at + len(tag)
+    return count
 
 
 READ = 30_000  # the rewards that search for patterns (reasoning_steps, words) read no further than this
@@ -262,9 +355,9 @@ LENIENT = {"gsm8k": gsm8k_lenient, "arithmetic": gsm8k_lenient}
 # eval.py tells the two apart. The other rewards grade any text.
 FINDS = {
     "gsm8k": marked_number,
-    "gsm8k_lenient": any_number,
-    "arithmetic_lenient": any_number,
-    "last_number": any_number,
+    "gsm8k_lenient": stated_number,
+    "arithmetic_lenient": stated_number,
+    "last_number": stated_number,
     "math": final_answer,
     "code": python_block,
 }
@@ -324,10 +417,78 @@ def check_sandbox(functions, mode: str):
         sandbox.isolation(strict=True)
 
 
-def score_completions(tokenizer, rows, ids, functions, *, prefill, max_new_tokens, reward_messages, timeout):
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands, for rewards that ask for `trainer_state`; all 0 in an evaluation."""
+
+    step: int = 0  # the step under way, from 1
+    max_steps: int = 0  # the run's
+
+    @property
+    def global_step(self) -> int:
+        """Steps that are done, TRL's name."""
+        return max(0, self.step - 1)
+
+
+class Logged:
+    """What rewards log beside their scores of N completions: TRL's `log_extra` and `log_metric`."""
+
+    def __init__(self, N: int):
+        self.N = N
+        self.columns = {}  # name -> N values
+        self.metrics = {}  # name -> the numbers that were logged, whose mean counts
+
+    def log_extra(self, column: str, values):
+        """A column of rollouts/: a value for each completion."""
+        values = [json_value(value) for value in values]
+        if len(values) != self.N:
+            raise ValueError(f"log_extra({column!r}, ..) got {len(values)} values for {self.N} completions")
+        self.columns[str(column)] = values
+
+    def log_metric(self, name: str, value):
+        """A metric of the step."""
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"log_metric({name!r}, {number}): a finite number is wanted")
+        self.metrics.setdefault(str(name), []).append(number)
+
+
+def json_value(value):
+    """A value as it stands where JSON can say it, else its text."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+    return value
+
+
+def joined_columns(logged: list[Logged]) -> dict[str, list]:
+    """The columns of several calls laid end to end, None where one of them lacks a column."""
+    names = dict.fromkeys(name for some in logged for name in some.columns)
+    columns = {}
+    for name in names:
+        columns[name] = []
+        for some in logged:
+            columns[name] += some.columns.get(name, [None] * some.N)
+    return columns
+
+
+def score_completions(
+    tokenizer,
+    rows,
+    ids,
+    functions,
+    *,
+    prefill,
+    max_new_tokens,
+    reward_messages,
+    timeout,
+    state=None,
+    logged=None,
+):
     """Texts, reward parts (n, R) and rewards (n,), NaN for None, of n completions `ids`, as many of each row.
 
-    functions: resolve's list.
+    functions: resolve's list. state: a TrainerState; logged: a Logged, which takes what the rewards log.
     """
     G = len(ids) // len(rows)
     texts = [prefill + text for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -342,6 +503,8 @@ def score_completions(tokenizer, rows, ids, functions, *, prefill, max_new_token
         max_new_tokens=max_new_tokens,
         reward_messages=reward_messages,
         timeout=timeout,
+        state=state or TrainerState(),
+        logged=logged or Logged(len(ids)),
     )
     return texts, parts, reward
 
@@ -357,13 +520,16 @@ def score(
     max_new_tokens=None,
     reward_messages=False,
     timeout=60.0,
+    state=None,
+    logged=None,
 ):
     """Scores N completions: (parts (N, R), reward (N,)), float64 numpy arrays, NaN where a score is None.
 
     rewards: resolve's list. prompts: each completion's, text or messages. columns: name -> N values. Every
     reward is called once, on the whole batch; async ones run together. reward = sum of weight * part over the
     parts that are not None, and None only where all of them are, as TRL has it; parts of weight 0 are only
-    reported. timeout: seconds for each call (for all async ones together), None: no limit.
+    reported. timeout: seconds for each call (for all async ones together), None: no limit. state, logged: as
+    in score_completions; without them no reward is offered TRL's three keywords.
 
     Raises RewardError where a reward raises, hangs, or returns anything but N numbers or None. A call
     runs in a thread that is left behind when its time is up: unlike a signal that works in any process,
@@ -382,6 +548,8 @@ def score(
         known["completion_ids"] = completion_ids
     if max_new_tokens is not None:
         known["max_new_tokens"] = max_new_tokens
+    if logged is not None:
+        known |= dict(trainer_state=state, log_extra=logged.log_extra, log_metric=logged.log_metric)
     clash = sorted(known.keys() & columns.keys())
     if clash:
         raise RewardError(
@@ -389,6 +557,9 @@ def score(
             "rename the column"
         )
     results = call_all(rewards, known | columns, timeout)
+    for (label, function, _), result in zip(rewards, results):
+        if isinstance(result, BaseException):
+            raise failure(label, function, result, reward_messages) from result
     parts = [checked(label, result, N) for (label, _, _), result in zip(rewards, results)]
     parts = np.array(parts, dtype=np.float64).reshape(len(rewards), N).T  # (N, R)
     weights = np.array([weight for _, _, weight in rewards])
@@ -550,10 +721,59 @@ def outcome(call):
         return e
 
 
+def failure(label: str, function, error: BaseException, reward_messages: bool) -> RewardError:
+    """One sentence about what a reward raised, where, and what may help."""
+    if isinstance(error, RewardError) and error.__traceback__ is None:  # the runner's own: it took too long
+        return error
+    sentence = f"reward {label!r} raised {type(error).__name__}: {short(error)}"
+    return RewardError(sentence + place(function, error) + advice(error, reward_messages))
+
+
+def place(function, error: BaseException) -> str:
+    """ " (configs/mine.py, line 12)": the last line of the reward's own file on the way to its error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    own = [frame for frame in frames if code and frame.filename == code.co_filename]
+    frames = own or [frame for frame in frames if frame.filename != __file__]
+    if not frames and not code:
+        return ""
+    # asyncio drops the way to a cancellation: then it is the line where the reward begins.
+    file, line = (
+        (frames[-1].filename, frames[-1].lineno) if frames else (code.co_filename, code.co_firstlineno)
+    )
+    if file.startswith(os.getcwd() + os.sep):
+        file = os.path.relpath(file)
+    return f" ({file}, line {line})"
+
+
+# What Python says to c[0]["content"] and the like where c is text, and to text functions given messages.
+WANTS_MESSAGES = (
+    "string indices must be integers",
+    "string index out of range",
+    "'str' object has no attribute",
+)
+WANTS_TEXT = ("expected string or bytes-like object, got 'list'", "'list' object has no attribute")
+
+
+def advice(error: BaseException, reward_messages: bool) -> str:
+    """What to try where a reward seems to want messages and got text, or the other way round."""
+    said = str(error)
+    if not reward_messages and said.startswith(WANTS_MESSAGES):
+        return (
+            "; it got text and seems to want messages: set reward_messages=True, which gives completions and "
+            "prompts as messages where a row's prompt is a list of them"
+        )
+    if reward_messages and said.startswith(WANTS_MESSAGES):
+        return "; this row's prompt is text and not a list of messages, and then its completion is text too"
+    if reward_messages and said.startswith(WANTS_TEXT):
+        return "; it got messages and seems to want text: leave reward_messages out"
+    return ""
+
+
 def checked(label: str, result, N: int) -> list[float]:
     """N floats, NaN for None, of what a reward returned; RewardError for anything else."""
-    if isinstance(result, BaseException):
-        raise RewardError(f"reward {label!r} raised {type(result).__name__}: {short(result)}") from result
     has_length = hasattr(result, "__len__")
     if isinstance(result, (str, dict)) or not has_length or len(result) != N:
         size = f"{len(result)} values" if has_length else "no list"

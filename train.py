@@ -45,6 +45,7 @@ from log import (
     finish,
     header,
     line,
+    logged_metrics,
     loss_metrics,
     peak_gb,
     reward_metrics,
@@ -147,6 +148,7 @@ def train_step(run, number: int) -> dict:
     metrics |= step.timer.metrics(drawn)
     metrics["frac_tokens_with_advantage"] = share_of_useful_tokens(batch)
     metrics["memory/peak_gb"] = peak_gb(run.device)
+    metrics |= logged_metrics(step.logged, metrics)
     if callable(cfg.temperature):
         metrics["temperature"] = step.sampling["temperature"]
     if cfg.rollouts_every and number % cfg.rollouts_every == 0:
@@ -191,17 +193,21 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
     # Counted here, because dynamic sampling comes through here several times in a step.
     step.tokens_drawn += out.stats["tokens"]
     step.tokens_read += cfg.group_size * sum(map(len, prompts))
-    texts, parts, reward = zip(*scored)
+    texts, parts, reward, logged = zip(*scored)
     texts = [text for some in texts for text in some]
-    return Batch(rows, prompts, out, texts, np.concatenate(parts), np.concatenate(reward))
+    step.logged += logged
+    extra = rewarding.joined_columns(logged)
+    return Batch(rows, prompts, out, texts, np.concatenate(parts), np.concatenate(reward), extra=extra)
 
 
 def score_rows(run, step, rows, ids):
-    """Texts, reward parts (n, R) and rewards (n,), NaN for None, of completions
+    """Texts, reward parts (n, R), rewards (n,), NaN for None, and what the rewards logged, of completions
     `ids`: group_size of each row.
     """
-    options = configs.reward_options(run.cfg)
-    return rewarding.score_completions(run.tokenizer, rows, ids, step.rewards, **options)
+    state = rewarding.TrainerState(step.number, run.cfg.steps)
+    logged = rewarding.Logged(len(ids))
+    options = configs.reward_options(run.cfg) | dict(state=state, logged=logged)
+    return *rewarding.score_completions(run.tokenizer, rows, ids, step.rewards, **options), logged
 
 
 def resample(run, step, batch):

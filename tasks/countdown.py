@@ -14,7 +14,7 @@ import functools
 import re
 from fractions import Fraction
 
-from data import hashed, is_held_out, tagged, text_of
+from data import boxed, hashed, is_held_out, tagged, text_of
 
 PROMPT = (
     "Use the numbers {numbers}, each exactly once, to make {target}. You may use + - * / and parentheses. "
@@ -116,15 +116,23 @@ OPERATORS = {
 }
 # What else Python takes for a number (1_0, 0x1f, 1e5, letters, ٣) never gets as far as its parser.
 SUM = re.compile(r"[0-9+\-*/() ]{1,200}")
-PLAIN = str.maketrans("×÷−", "*/-")
+PLAIN = str.maketrans("×·÷−–[]", "**/--()")
+LATEX = [
+    (re.compile(r"\\(?:times|cdot|ast)(?![a-zA-Z])"), "*"),
+    (re.compile(r"\\div(?![a-zA-Z])"), "/"),
+    (re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[()\[\],;! ]"), " "),
+    (re.compile(r"\\[dt]?frac ?\{([^{}]{1,60})\} ?\{([^{}]{1,60})\}"), r"((\1)/(\2))"),
+    (re.compile(r"(?<=[0-9)]) ?[xX] ?(?=[0-9(])"), "*"),
+]
 
 
 def countdown(completions, prompts=None, *, numbers, target, **_):
     """1 if the completion's expression makes `target` of `numbers`, each used once, else 0.
 
-    The expression is what the last <answer>..</answer> holds, else the last line: + - * / and
-    parentheses, in exact fractions; "= target" may follow. No powers, no //, no signs, at most 200
-    characters. None: the row's numbers or target are no integers.
+    The expression is what the last <answer>..</answer> or \\boxed{..} holds, else the last line, after a
+    colon if there is one: + - * / and parentheses, or LaTeX's for them, in exact fractions. "= target" may
+    follow and "target =" come first. No powers, no //, no signs, at most 200 characters. None: the row's
+    numbers or target are no integers.
     """
     scores = []
     for completion, given, wanted in zip(completions, numbers, target):
@@ -136,14 +144,21 @@ def countdown(completions, prompts=None, *, numbers, target, **_):
 
 
 def expression_of(text: str) -> str:
-    """The tagged answer of a text, or the end of its last line, without what is written around a formula."""
-    found = tagged(text) or text.rstrip().rpartition("\n")[2][-300:]
-    return found.translate(PLAIN).strip(" \t\n$`.")
+    """The answer in a text, or the end of its last line, without what is written around a formula."""
+    found = tagged(text)
+    found = boxed(found or text[-4000:]) or found
+    if not found:
+        found = text.rstrip().rpartition("\n")[2][-300:].rpartition(":")[2]
+    for latex, python in LATEX:
+        found = latex.sub(python, found)
+    return found.translate(PLAIN).strip(" \t\n$`.").removeprefix("**").removesuffix("**").strip(" $")
 
 
 def makes(expression: str, numbers: list, target: int) -> bool:
-    """Whether an expression, with or without "= target", is `target` made of all `numbers`."""
+    """Whether an expression, with or without "= target" or "target =", is `target` made of all `numbers`."""
     left, equals, right = expression.partition("=")
+    if equals and left.strip() == str(target):
+        left, right = right, left
     if equals and right.strip() != str(target):
         return False
     left = left.strip()

@@ -15,7 +15,7 @@ import model as models
 import sample
 import warmup
 from conftest import ROOT
-from evaluation import evaluate, pass_at_k, refuse_hopeless, wilson
+from evaluation import evaluate, lint, pass_at_k, pays, probes_of, refuse_hopeless, ten_guesses, wilson
 from policy import load_policy, save_policy
 from rewards import resolve
 from rollout import Sampler
@@ -140,6 +140,8 @@ def test_eval_and_sample_run_as_commands_on_a_saved_checkpoint(policy, tmp_path)
     save_policy(model, tokenizer, stops, str(folder), base="")
     out = run("eval.py", "configs/arithmetic.py", f"--model={folder}", "--eval_problems=7", "--threads=1")
     assert out.returncode == 0 and "7 problems" in out.stdout, out.stderr
+    # Before the accuracy: what the reward pays for answers that are none.
+    assert "what the rewards pay, the mean over 4 prompts" in out.stdout and "warning" not in out.stdout
     out = run("sample.py", f"--model={folder}", "--max_new_tokens=5", "12+34=")
     assert out.returncode == 0 and "tokens" in out.stdout, out.stderr
 
@@ -190,3 +192,103 @@ def test_evaluation_shows_what_training_would_meet_in_its_first_batch():
 
     text = shown(zero)
     assert "0% of the groups with any signal" in text and "train.py would not start" in text
+
+
+# --------------------------------------------------------------- what rewards pay for answers that are none
+ROWS = [dict(prompt=f"What is {a} + 30?", answer=str(a + 30)) for a in (42, 17, 8, 100, 5)]
+OPTIONS = dict(prefill="", max_new_tokens=50, reward_messages=False, timeout=10)
+
+
+def linted(*rewards, rows=ROWS, **options) -> str:
+    tokenizer = data.char_tokenizer("abcdefghijklmnopqrstuvwxyz 0123456789#.,+=?<>/")
+    return lint(tokenizer, rows, resolve(list(rewards)), **OPTIONS | options)
+
+
+def warnings(text) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("warning")]
+
+
+def anywhere(completions, answer, **_):
+    return [float(a in text) for a, text in zip(answer, completions)]
+
+
+def echoes(completions, prompts, **_):
+    return [float(text == "" or prompt in text) for text, prompt in zip(completions, prompts)]
+
+
+def short(completions, **_):
+    return [1 - len(text) / 10_000 for text in completions]
+
+
+def keeps_its_cool(completions, answer, **_):
+    return [None if len(text) > 1000 else float(a in text[:9]) for a, text in zip(answer, completions)]
+
+
+def rambles(completions, answer, **_):
+    return [float(len(text) > 1000 or text.endswith(a)) for a, text in zip(answer, completions)]
+
+
+@pytest.mark.parametrize(
+    "reward, words",
+    [
+        (anywhere, ["anywhere pays 1.000 for ten answers at once and 1.000 for a right one"]),
+        (short, ["for a wrong answer", "an empty answer"]),
+        (echoes, ["an empty answer", "the question repeated", "a wrong answer", "ten answers", "nothing"]),
+        (rambles, ["10,000 tokens of nothing"]),
+        (keeps_its_cool, ["cannot score 10,000 tokens of nothing (None), so that goes unpunished"]),
+    ],
+)
+def test_a_reward_that_pays_for_no_answer_what_it_pays_for_a_right_one_is_warned_of(reward, words):
+    found = "\n".join(warnings(linted((reward, 1.0))))
+    assert all(some in found for some in words), found
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_lenient", "arithmetic"])
+def test_the_graders_of_this_repository_are_not_warned_of(name):
+    text = linted((name, 1.0), ("format", 0.1), ("overlong", 1.0), (short, 0.0))
+    assert not warnings(text), text
+    assert [line.split()[:2] for line in text.splitlines()[2:4]] == [[name, "1.000"], ["format", "1.000"]]
+
+
+def test_what_all_rewards_pay_together_is_warned_of_where_one_outweighs_the_other():
+    assert not warnings(linted(("gsm8k", 1.0), (short, 0.2)))
+    assert "all together pays" in warnings(linted(("gsm8k", 1.0), (echoes, 1.5)))[0]
+
+
+def test_the_gold_answer_alone_is_a_note_and_no_warning():
+    text = linted(("gsm8k_lenient", 1.0))
+    assert "note: gsm8k_lenient pays 1.000 for the gold answer alone" in text and not warnings(text)
+
+
+def test_a_reward_that_fails_on_such_a_text_is_named_with_the_text():
+    def first_word(completions, **_):
+        return [float(text.split()[0] == "so") for text in completions]
+
+    found = warnings(linted((first_word, 1.0)))
+    assert len(found) == 1 and found[0].startswith(
+        "warning: an empty answer would stop a run: reward 'first_word'"
+    )
+    assert "IndexError" in found[0] and "test_eval.py, line" in found[0]
+
+
+def test_rows_without_an_answer_are_shown_and_not_compared():
+    text = linted((echoes, 1.0), rows=[dict(prompt="Say hello."), dict(prompt="Say it again.")])
+    assert "empty" in text and "is not known" in text and not warnings(text)
+
+
+def test_what_is_tried_on_a_row():
+    guesses = ten_guesses("72", [])
+    assert len(set(guesses)) == 10 and guesses.index("72") == 5
+    guesses = ten_guesses("even", ["even", "odd"])
+    assert len(set(guesses)) == 10 and guesses.index("even") == 5 and "odd" in guesses
+    probes = [probes_of(row, ["72"]) for row in ROWS]
+    assert len({tuple(column for column, _ in of_row) for of_row in probes}) == 1
+    texts = {}
+
+    def look(completions, completion_ids, **_):
+        texts.update(zip(completions, map(len, completion_ids)))
+        return [0.0] * len(completions)
+
+    tokenizer = data.char_tokenizer("so 0123456789")
+    pays(tokenizer, ROWS[:1], resolve([look]), ["empty", "gold", "nothing"], **OPTIONS | dict(prefill="so"))
+    assert sorted(texts.values()) == [2, 4, 10_000] and set(texts) == {"so", "so72", "so" + " so" * 10_000}

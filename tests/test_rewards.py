@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 from decimal import Decimal
@@ -17,7 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
+import readers
 import rewards
+import train
+import conftest
 from rewards import REWARDS, RewardError, resolve, score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +53,6 @@ def one(name, text, answer="42", **columns):
         "#### $42",
         r"#### \$42",
         "#### $42.00",
-        "#### 42%",
         "#### 042",
         "#### +42",
         "#### 41\nno, wait\n#### 42",
@@ -56,7 +60,6 @@ def one(name, text, answer="42", **columns):
         "#### 42\n\n",
         "#### 42 ####",
         "####\t42",
-        "#### 42" + "\n" + "#" * 80,
         "#### 42, because",
     ],
 )
@@ -121,7 +124,8 @@ def test_gsm8k_refuses_what_is_not_the_number_in_its_place(text):
         ("#### 0", "-0"),
         ("#### 72", 72),
         ("#### 72", 72.0),
-        ("#### 25%", "25"),
+        ("#### 25%", "25%"),
+        ("#### 25", "25%"),
         ("#### 72", "He has 70 + 2 = <<70+2=72>>72.\n#### 72"),
         ("#### 12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
         ("#### -12345678901234567890123456789012345678901", "-12345678901234567890123456789012345678901"),
@@ -197,11 +201,22 @@ def test_a_number_is_found_however_it_is_written(number, shape, before):
         assert one(name, f"{before}\n#### {sign}{shown}", str(number + Decimal("0.001"))) == 0.0
 
 
+READERS = readers.readers(HAS_MATH)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_form_written_by_hand_is_taken_or_refused(name):
+    """gsm8k gave 1 to `#### 72 or 73` and `72 million`, and 0 to `#### **72**` and `\\boxed{72}`."""
+    reader, right, wrong = READERS[name]
+    assert len(right) >= 60 or name == "gsm8k, below 0"
+    assert readers.errors(reader, right, wrong) == ([], [])
+
+
 def gsm8k_solutions():
     folder = next(
         (
             Path(f)
-            for f in (os.environ.get("NANOGRPO_GSM8K"), ROOT / "data" / "gsm8k")
+            for f in (os.environ.get("NANOGRPO_GSM8K"), ROOT / "data/gsm8k", ROOT / "shared/data/gsm8k")
             if f and (Path(f) / "test.jsonl").exists()
         ),
         None,
@@ -226,7 +241,8 @@ def test_gsm8ks_own_solutions_are_all_right_and_none_with_another_number():
         s.rpartition("####")[0] + f"#### {int(a.replace(',', '')) + 1}" for s, a in zip(solutions, answers)
     ]
     assert len(solutions) == 8792
-    for grader in (rewards.gsm8k, rewards.gsm8k_lenient):
+    graders = [rewards.gsm8k, rewards.gsm8k_lenient, *([rewards.mathematics] if HAS_MATH else [])]
+    for grader in graders:
         assert sum(grader(solutions, answer=answers)) == 8792
         assert sum(grader(solutions, answer=solutions)) == 8792  # the data set's own column as it stands
         assert sum(grader(changed, answer=answers)) == 0
@@ -239,7 +255,10 @@ def test_gsm8ks_own_solutions_are_all_right_and_none_with_another_number():
     [
         ("<think>a</think><answer>b</answer>", 1),
         ("<think>a\nb</think>\n\n<answer>c\nd</answer>\n", 1),
-        ("<think></think><answer>b</answer>", 1),
+        ("<think></think><answer>b</answer>", 0),
+        ("<think> \n</think><answer>b</answer>", 0),
+        ("</think><answer>b</answer>", 0),
+        ("<think>a</think><answer>\n</answer>", 0),
         ("a</think><answer>b</answer>", 1),
         ("\na</think>\n<answer>b</answer>", 1),
         ("<think>a</think><answer>b</answer> junk", 0),
@@ -280,6 +299,9 @@ def test_format_allows_for_a_tag_that_the_template_wrote():
         ("<think><think></think>", 0.25),
         ("", 0),
         ("<answer></answer>" * 2, 0),
+        ("</answer><answer></think><think>", 0.25),
+        ("<answer>b</answer><think>a</think>", 0.5),
+        ("<think>a<answer></think>b</answer>", 0.75),
     ],
 )
 def test_tag_count_gives_a_quarter_for_each_tag_that_is_there_once(text, share):
@@ -713,7 +735,9 @@ def test_whatever_a_reward_raises_is_a_reward_error(error, later):
         await asyncio.sleep(0)
         raise error
 
-    with pytest.raises(RewardError, match=rf"^reward 'fails.*' raised {type(error).__name__}: .{{0,170}}$"):
+    with pytest.raises(
+        RewardError, match=rf"^reward 'fails.*' raised {type(error).__name__}: .{{0,170}} \(.*\)$"
+    ):
         run(fails_later if later else fails)
 
 
@@ -827,8 +851,210 @@ def test_a_reward_written_for_trl_runs_unchanged():
     np.testing.assert_array_equal(reward, [1, 0])
 
 
+TRL_ROWS = [  # a line each, as TRL's data sets have them
+    dict(prompt=[dict(role="user", content="What is 1/2 + 1/4?")], solution=r"$\frac{3}{4}$", level=1),
+    dict(prompt=[dict(role="user", content="What is 2 * 3?")], solution="$6$", level=2),
+    dict(
+        prompt=[dict(role="system", content="Think."), dict(role="user", content="2?")],
+        solution="$2$",
+        level=3,
+    ),
+]
+TRL_SAID = [
+    r"<think>a</think>\boxed{0.75}",
+    r"\boxed{3}",
+    "<think>b</think> I do not know",
+    r"<think>c</think>\boxed{6}",
+    r"\boxed{2}",
+    "",
+]
+
+
+def reward_len(completions, **kwargs):
+    return [-abs(20 - len(completion[0]["content"])) for completion in completions]
+
+
+def boxed_reward(completions, solution, **kwargs):
+    contents = [completion[0]["content"] for completion in completions]
+    matches = [re.search(r"\\boxed\{(.*?)\}", content) for content in contents]
+    answers = [match.group(1) if match else "" for match in matches]
+    return [1.0 if f"${a}$" == s else 0.0 for a, s in zip(answers, solution)]
+
+
+async def async_reward(prompts, completions, **kwargs):
+    await asyncio.sleep(0.001)
+    return [
+        float("<think>" in c[0]["content"] and p[-1]["role"] == "user") for p, c in zip(prompts, completions)
+    ]
+
+
+def only_hard_ones(completions, level, **kwargs):
+    return [None if n < 2 else 1.0 for n in level]
+
+
+def annealed(completions, trainer_state, log_extra, log_metric, **kwargs):
+    share = trainer_state.global_step / trainer_state.max_steps
+    lengths = [len(completion[0]["content"]) for completion in completions]
+    log_extra("letters", lengths)
+    log_metric("share", share)
+    return [share * length for length in lengths]
+
+
+def score_trl(tmp_path, functions, said=TRL_SAID):
+    """Parts (6, R) and what was logged, of two completions of each row of a file of TRL's."""
+    path = tmp_path / "trl.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TRL_ROWS))
+    held_out = tmp_path / "one.jsonl"
+    held_out.write_text(json.dumps(TRL_ROWS[0]) + "\n")
+    task = data.load_task("jsonl", train_file=str(path), eval_file=str(held_out))
+    assert task.train == TRL_ROWS
+    logged = rewards.Logged(6)
+    _, parts, _ = rewards.score_completions(
+        Texts(said),
+        task.train,
+        [[n] * (n + 5) for n in range(6)],
+        resolve(functions),
+        prefill="",
+        max_new_tokens=10,
+        reward_messages=True,
+        timeout=60,
+        state=rewards.TrainerState(step=3, max_steps=8),
+        logged=logged,
+    )
+    return parts, logged
+
+
+class Texts:
+    """A tokenizer that decodes row n as the n-th of these texts."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def batch_decode(self, ids, skip_special_tokens):
+        return self.texts
+
+
+def test_rewards_in_trls_style_run_from_a_file_of_trls(tmp_path):
+    """Its documentation's examples: conversational, async, with a column, some rows only, with the state."""
+    functions = [reward_len, boxed_reward, async_reward, only_hard_ones, annealed]
+    parts, logged = score_trl(tmp_path, functions)
+    lengths = [len(text) for text in TRL_SAID]
+    np.testing.assert_array_equal(parts[:, 0], [-abs(20 - n) for n in lengths])
+    np.testing.assert_array_equal(parts[:, 1], [0, 0, 0, 1, 1, 0])
+    np.testing.assert_array_equal(parts[:, 2], [1, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(parts[:, 3], [math.nan] * 2 + [1] * 4)
+    np.testing.assert_array_equal(parts[:, 4], [n / 4 for n in lengths])
+    assert logged.columns == dict(letters=lengths) and logged.metrics == dict(share=[0.25])
+
+
+@pytest.mark.slow
+def test_trls_own_rewards_run_from_a_file_of_trls(tmp_path):
+    theirs = pytest.importorskip("trl.rewards")
+    pytest.importorskip("math_verify")
+    overlong = theirs.get_soft_overlong_punishment(max_completion_len=10, soft_punish_cache=4)
+    cosine = theirs.get_cosine_scaled_reward(max_len=10)
+    functions = [theirs.accuracy_reward, theirs.think_format_reward, overlong, cosine]
+    parts, logged = score_trl(tmp_path, functions)
+    np.testing.assert_array_equal(parts[:, 0], [1, 0, 0, 1, 1, 0])
+    np.testing.assert_array_equal(parts[:, 1], [1, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(parts[:, 2], [0, 0, -0.25, -0.5, -0.75, -1])
+    assert np.isfinite(parts).all()
+    assert logged.columns["solution"] == [row["solution"] for row in TRL_ROWS for _ in range(2)]
+    assert set(logged.columns) == {"solution", "gold_parsed", "answer_parsed"}
+
+
+def test_a_reward_that_fails_on_text_as_on_a_message_names_the_key_that_helps(tmp_path):
+    for fails in (
+        reward_len,
+        boxed_reward,
+        lambda completions, **_: [c[0].get("content") for c in completions],
+    ):
+        with pytest.raises(RewardError, match=r"set reward_messages=True, which .* list of them$"):
+            run(fails, ["a", "b"], [CHAT] * 2, dict(solution=["$1$"] * 2))
+    with pytest.raises(RewardError, match=r"set reward_messages=True"):
+        run(reward_len, ["", ""], [CHAT] * 2)
+    with pytest.raises(RewardError, match="this row's prompt is text"):
+        run(reward_len, ["a", "b"], ["q", "q"], reward_messages=True)
+    with pytest.raises(RewardError, match="leave reward_messages out"):
+        run(lambda completions: [re.search("a", c) for c in completions], ["a"], [CHAT], reward_messages=True)
+    with pytest.raises(RewardError) as e:
+        run(lambda completions: completions["no message"], ["a"])
+    assert "reward_messages" not in str(e.value)
+
+
+def test_a_reward_that_raises_is_named_with_file_and_line(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import json\n\n\ndef mine(completions, **_):\n    return json.loads('no')\n"
+    )
+    namespace = {}
+    source = (tmp_path / "mine.py").read_text()
+    exec(compile(source, str(tmp_path / "mine.py"), "exec"), namespace)
+    for function in (namespace["mine"], functools.partial(namespace["mine"], x=1)):
+        with pytest.raises(RewardError, match=r"raised JSONDecodeError: .* \(.*mine.py, line 5\)$"):
+            run(function)
+
+    class Mine:
+        def __call__(self, completions):
+            return 1 / 0
+
+    with pytest.raises(
+        RewardError, match=r"raised ZeroDivisionError: division by zero \(.*test_rewards.py, line"
+    ):
+        run(Mine())
+
+
+def test_what_rewards_log_is_checked_and_made_fit_for_json():
+    logged = rewards.Logged(2)
+    logged.log_extra("kind", (math.nan, {1, 2}))
+    logged.log_extra("text", ["a", [1, None]])
+    logged.log_metric("m", np.float32(0.5))
+    assert logged.columns == dict(kind=["nan", "{1, 2}"], text=["a", [1, None]])
+    assert logged.metrics == dict(m=[0.5])
+    json.dumps(logged.columns, allow_nan=False)
+
+    def mine(completions, log_extra, log_metric, trainer_state, wrong):
+        log_extra("x", [1])
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"log_extra\('x', ..\) got 1 values for 3 completions"):
+        run(mine, columns=dict(wrong=[0] * 3), state=rewards.TrainerState(), logged=rewards.Logged(3))
+    with pytest.raises(ValueError, match="finite"):
+        logged.log_metric("m", math.inf)
+    other = rewards.Logged(1)
+    other.log_extra("text", ["b"])
+    joined = rewards.joined_columns([logged, other])
+    assert joined == dict(kind=["nan", "{1, 2}", None], text=["a", [1, None], "b"])
+
+
+@pytest.mark.parametrize("keys", [dict(), dict(reward_overlap=True), dict(resample_zero_groups=True)])
+def test_what_rewards_log_lands_in_rollouts_and_metrics(tmp_path, capsys, keys):
+    def mine(completions, answer, trainer_state, log_extra, log_metric, **_):
+        lengths = [len(text) for text in completions]
+        log_extra("letters", lengths)
+        log_metric("letters/mean", sum(lengths) / len(lengths))
+        log_metric("step_seen", trainer_state.step + 1000 * trainer_state.max_steps)
+        log_metric("reward", 7)  # the run's own metric of that name stays what it is
+        return [None if answer[i] is None or n == 0 else min(n, 5) / 5 for i, n in enumerate(lengths)]
+
+    cfg = conftest.settings(
+        tmp_path, rollouts_every=1, rewards=[(mine, 1.0)], steps=2, eval_every=2, eval_problems=3, **keys
+    )
+    assert train.main(cfg) == 0
+    for m in conftest.rows(Path(cfg.out_dir) / "metrics.jsonl")[1:]:
+        drawn = conftest.rows(Path(cfg.out_dir) / "rollouts" / f"step_{m['step']:06d}.jsonl")
+        assert all(r["extra"] == dict(letters=len(r["completion"])) for r in drawn)
+        assert m["step_seen"] == m["step"] + 2000 and m["logged/reward"] == 7 and m["reward"] <= 1
+        if not m["resampled_prompts"]:
+            mean = sum(r["extra"]["letters"] for r in drawn) / len(drawn)
+            assert m["letters/mean"] == pytest.approx(mean)
+    assert "none" in capsys.readouterr().out.split("\n  step")[1].split("\n")[0].split()
+
+
 def test_every_strict_reward_with_a_lenient_twin_is_no_more_generous():
-    texts, answers = ["#### 42", "42", "#### 41", "the 42nd, 7"], ["42"] * 4
+    forms = [("42", text) for text in ("#### 42", "42", "#### 41", "the 42nd, 7")]
+    forms += [("72", form) for form in readers.forms("gsm8k", "right")]
+    forms += [("-5", form) for form in readers.forms("gsm8k, below 0", "right")]
+    answers, texts = zip(*forms)
     for name, twin in rewards.LENIENT.items():
         assert all(a <= b for a, b in zip(REWARDS[name](texts, answer=answers), twin(texts, answer=answers)))
 
