@@ -329,17 +329,17 @@ def started(
     SandboxError if it never got as far as the job.
     """
     mode = mode or choose()[0]
-    command = [*wrapper(mode, seconds), PYTHON, "-s", "-S", "-B", "-X", "utf8", "-c", CHILD]
+    command = [*wrapper(mode, seconds), PYTHON, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", CHILD]
     uid = random.randint(*USERS) if mode == "plain" and os.geteuid() == 0 else 0
     limits = limits_of(mode, seconds, memory_mb)
     with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(scratch_folder(0o777 if uid else 0o700))
+        scratch = stack.enter_context(scratch_folder(uid))
         ready, told = os.pipe()  # the child writes a byte to `told` when it begins with the job
         stack.callback(os.close, ready)
         with open(told, "wb"):
             inside = scratch if mode == "plain" else "/tmp"
             job = job | dict(limits=limits, uid=uid, ready=told, fds=list(fds), scratch=inside)
-            with read_only(scratch, json.dumps(job).encode()) as file, read_only(scratch, stdin) as typed:
+            with read_only(json.dumps(job).encode()) as file, read_only(stdin) as typed:
                 process = subprocess.Popen(
                     [*command, str(file.fileno())],
                     stdin=typed,
@@ -361,24 +361,24 @@ def started(
 
 
 @contextlib.contextmanager
-def scratch_folder(permissions: int):
-    """A folder that is deleted at the end, whatever a program has made of it."""
+def scratch_folder(uid: int):
+    """A folder for one user (0: ours) that is deleted at the end, whatever a program has made of it."""
     prefix = f"sandbox-{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
-        os.chmod(folder, permissions)
+        if uid:
+            os.chown(folder, uid, uid)
         yield folder
 
 
-def read_only(folder: str, content: bytes):
-    """An open file without a name that can only be read.
+def read_only(content: bytes):
+    """An open file without a name that can only be read, made under a new name outside the scratch folders.
 
     A pipe would block on long content, and a file open for writing is a place to write.
     """
-    path = Path(folder, "file")
-    path.write_bytes(content)
-    file = open(path, "rb")
-    path.unlink()
-    return file
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return open(file.name, "rb")
 
 
 def end(process):

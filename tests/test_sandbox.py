@@ -3,6 +3,7 @@
 None gets it, none holds the others up, and nothing is left of any.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -257,6 +258,33 @@ def test_a_machine_that_cannot_isolate_says_so_and_runs_under_limits(monkeypatch
         [(GOOD, [TEST]), (fork, ["assert add(1, 2) == 'refused'"]), ("while True: pass", [TEST])], seconds=2
     )
     assert got == [["passed"], ["passed"], ["the program has ended"]]
+
+
+def test_without_namespaces_a_neighbour_plants_nothing_in_a_scratch_folder(monkeypatch, tmp_path):
+    """No module that Python would import as root, no link in the place of a file that root writes."""
+    monkeypatch.setattr(sandbox, "choose", lambda: ("plain", ("limits",)))
+    secret = tmp_path / "secret"
+    secret.write_text("kept")
+    made = sandbox.scratch_folder
+
+    @contextlib.contextmanager
+    def planted(*args):
+        with made(*args) as folder:
+            Path(folder, "json.py").write_text("raise SystemExit")
+            Path(folder, "file").symlink_to(secret)
+            yield folder
+
+    monkeypatch.setattr(sandbox, "scratch_folder", planted)
+    look = program(
+        r"""
+        import os, sys
+        def look():
+            own = os.stat('.')
+            return oct(own.st_mode & 0o777), own.st_uid == os.getuid(), '' in sys.path
+        """
+    )
+    assert check(look, ["assert look() == ('0o700', True, False)"]) == ["passed"]
+    assert secret.read_text() == "kept"
 
 
 def test_a_user_without_privileges_gets_the_same_isolation():
