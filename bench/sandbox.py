@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import sandbox
+from tasks import isolation, sandbox
 
-BARE = [sandbox.PYTHON, "-s", "-S", "-B", "-c", "import json, os, resource"]
+BARE = [isolation.PYTHON, "-s", "-S", "-B", "-c", "import json, os, resource"]
 ADD = "def add(a, b):\n    return a + b"
 ADD_INPUT = "print(sum(map(int, input().split())))"
 
@@ -47,7 +47,7 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     start = time.perf_counter()
-    mode, held = sandbox.choose()
+    mode, held = isolation.choose()
     took = time.perf_counter() - start
     print(
         f"mode {mode}, isolates {', '.join(held)}; found out in {took:.2f} s; "

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks import isolation as apart
 from tasks import sandbox
 from tasks.sandbox import FULL, SandboxError, check, check_all, isolation
 
@@ -40,7 +41,7 @@ def needs(*names):
 
 MARK = f"# mark {os.getpid()}"
 # It is on the command line of all processes that a sandbox is made of, and of their children.
-sandbox.CHILD += MARK
+apart.CHILD += MARK
 
 
 def processes():
@@ -218,7 +219,7 @@ def test_stdin_and_stdout():
 # -------------------------------------------------------------------------------------------- isolation
 def test_isolation_is_found_by_trying_and_strict_wants_all_of_it(monkeypatch):
     assert set(isolation()) <= set(FULL) and "limits" in isolation()
-    monkeypatch.setattr(sandbox, "choose", lambda: ("plain", ("limits", "privileges")))
+    monkeypatch.setattr(apart, "choose", lambda: ("plain", ("limits", "privileges")))
     assert isolation() == ["limits", "privileges"]
     with pytest.raises(SandboxError, match="gives no processes, network, files.*sandbox='auto'") as e:
         isolation(strict=True)
@@ -233,7 +234,7 @@ def test_a_strict_run_does_not_start_where_programs_cannot_be_shut_in(monkeypatc
         cfg = config.load([str(ROOT / "configs" / name), *flags])
         rewards.check_sandbox(rewards.resolve(cfg.rewards), cfg.sandbox)
 
-    monkeypatch.setattr(sandbox, "choose", lambda: ("plain", ("limits",)))
+    monkeypatch.setattr(apart, "choose", lambda: ("plain", ("limits",)))
     with pytest.raises(SandboxError, match="sandbox='strict' needs"):
         start("code.py")
     start("code.py", "--sandbox=auto")
@@ -242,7 +243,7 @@ def test_a_strict_run_does_not_start_where_programs_cannot_be_shut_in(monkeypatc
 
 def test_a_machine_that_cannot_isolate_says_so_and_runs_under_limits(monkeypatch):
     """Where a container forbids namespaces: programs start no others, so that nothing escapes the kill."""
-    monkeypatch.setattr(sandbox, "choose", lambda: ("plain", ("limits",)))
+    monkeypatch.setattr(apart, "choose", lambda: ("plain", ("limits",)))
     fork = program(
         r"""
         import os
@@ -262,10 +263,10 @@ def test_a_machine_that_cannot_isolate_says_so_and_runs_under_limits(monkeypatch
 
 def test_without_namespaces_a_neighbour_plants_nothing_in_a_scratch_folder(monkeypatch, tmp_path):
     """No module that Python would import as root, no link in the place of a file that root writes."""
-    monkeypatch.setattr(sandbox, "choose", lambda: ("plain", ("limits",)))
+    monkeypatch.setattr(apart, "choose", lambda: ("plain", ("limits",)))
     secret = tmp_path / "secret"
     secret.write_text("kept")
-    made = sandbox.scratch_folder
+    made = apart.scratch_folder
 
     @contextlib.contextmanager
     def planted(*args):
@@ -274,7 +275,7 @@ def test_without_namespaces_a_neighbour_plants_nothing_in_a_scratch_folder(monke
             Path(folder, "file").symlink_to(secret)
             yield folder
 
-    monkeypatch.setattr(sandbox, "scratch_folder", planted)
+    monkeypatch.setattr(apart, "scratch_folder", planted)
     look = program(
         r"""
         import os, sys
@@ -296,23 +297,29 @@ def test_a_user_without_privileges_gets_the_same_isolation():
     if os.geteuid() != 0 or not os.path.exists(python) or not shutil.which("setpriv"):
         pytest.skip("needs root, to become somebody else, and the system's Python")
     tests = [TEST, "assert add(1, 1) == 3"]
-    code = ROOT.joinpath("tasks", "sandbox.py").read_text()
-    code += f"\nprint(choose()[0], set(isolation()) == set(FULL), check({GOOD!r}, {tests!r}))"
-    out = subprocess.run(
-        ["setpriv", "--reuid=61234", "--regid=61234", "--clear-groups", python, "-"],
-        input=code,
-        capture_output=True,
-        text=True,
-        cwd="/tmp",
-        env=dict(PATH=os.environ["PATH"]),
-    )
+    code = f"""
+from tasks.isolation import FULL, choose, isolation
+from tasks.sandbox import check
+print(choose()[0], set(isolation()) == set(FULL), check({GOOD!r}, {tests!r}))
+"""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a place that the other user can read
+        os.chmod(folder, 0o755)
+        shutil.copytree(ROOT / "tasks", f"{folder}/tasks", ignore=shutil.ignore_patterns("__pycache__"))
+        out = subprocess.run(
+            ["setpriv", "--reuid=61234", "--regid=61234", "--clear-groups", python, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=dict(PATH=os.environ["PATH"]),
+        )
+    assert out.returncode == 0, out.stderr
     if "user" not in out.stdout:
         pytest.skip(f"no user namespaces here: {out.stdout}{out.stderr[-300:]}")
     assert out.stdout.strip() == "user True ['passed', 'wrong answer']"
 
 
 def test_a_sandbox_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypatch):
-    monkeypatch.setattr(sandbox, "PYTHON", "/no/python")
+    monkeypatch.setattr(apart, "PYTHON", "/no/python")
     with pytest.raises(SandboxError, match="did not start"):
         check(GOOD, [TEST])
     assert [type(e) for e in check_all([(GOOD, [TEST]), (GOOD, ["assert ("])])] == [SandboxError, SyntaxError]
@@ -514,7 +521,7 @@ def test_programs_that_do_not_end_are_ended_and_the_next_batch_works():
     ]
     start = time.monotonic()
     got = check_all([(source, [TEST]) for source in loops], workers=len(loops), seconds=SECONDS)
-    assert time.monotonic() - start < sandbox.PATIENCE * SECONDS + 4
+    assert time.monotonic() - start < apart.PATIENCE * SECONDS + 4
     assert all(
         isinstance(v, SandboxError) or v[0] in ("too slow", "the program has ended", "wrong answer")
         for v in got
@@ -539,7 +546,7 @@ def test_a_fork_bomb_stays_in_its_sandbox():
         seconds=SECONDS,
     )
     assert all(isinstance(v, SandboxError) or v != ["passed"] for v in got)
-    assert time.monotonic() - start < sandbox.PATIENCE * SECONDS + 4
+    assert time.monotonic() - start < apart.PATIENCE * SECONDS + 4
     assert processes() == [] and check(GOOD, [TEST], seconds=20) == ["passed"]
 
 
@@ -652,7 +659,7 @@ def test_the_scratch_folder_is_the_only_place_to_write(tmp_path):
         "/usr/lib/x",
         "/dev/x",
         "/root/x",
-        sandbox.PREFIX + "/x",
+        apart.PREFIX + "/x",
         os.path.dirname(json.__file__) + "/x",
     ]
     body = program(
@@ -767,7 +774,7 @@ def test_a_trainer_that_is_killed_leaves_no_program_behind():
         import sys
         sys.path.insert(0, {str(ROOT)!r})
         from tasks import sandbox
-        sandbox.CHILD += {MARK!r}
+        apart.CHILD += {MARK!r}
         print('up', flush=True)
         sandbox.check('import time; time.sleep(60)', [{TEST!r}], seconds=0.5)
         """
