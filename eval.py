@@ -8,10 +8,16 @@ It is also the check before a run: it samples one step's batch of training promp
 learn from, and what it would trip over.
 """
 
+import progress
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is one sentence from here on
+    progress.begin("eval.py")
+
 import sys
 
 import torch
 
+import checks
 import config as configs
 import data
 import rewards as rewarding
@@ -49,10 +55,12 @@ def main(cfg):
     functions = rewarding.resolve(cfg.rewards)
     rewarding.check_sandbox(functions, cfg.sandbox)
     task = data.load_task(cfg.task, **configs.task_options(cfg))
-    model, tokenizer, stop_ids, _ = load_policy(
-        cfg.model, adapter=cfg.adapter, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed,
-        dtype=dtype, device=device,
-    )  # fmt: skip
+    checks.columns(cfg, functions, task)
+    with progress.doing(f"loading the model {cfg.model}"):
+        model, tokenizer, stop_ids, _ = load_policy(
+            cfg.model, adapter=cfg.adapter, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed,
+            dtype=dtype, device=device,
+        )  # fmt: skip
     sampler = Sampler(model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
     print(show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids))
     rows = task.eval[: cfg.eval_problems]
@@ -64,6 +72,6 @@ def main(cfg):
 
 if __name__ == "__main__":
     try:
-        main(configs.load(sys.argv[1:]))
-    except (ValueError, rewarding.RewardError) as e:  # SandboxError too
+        main(checks.config_of("eval.py", sys.argv[1:]))
+    except (ValueError, rewarding.RewardError, OSError, ImportError) as e:  # SandboxError too
         sys.exit(f"eval.py: {e}")

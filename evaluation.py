@@ -53,9 +53,10 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
         some = rows[start : start + AT_ONCE]
         prompts = [data.prompt_ids(tokenizer, row["prompt"], system=system, prefill=prefill) for row in some]
         numbers = list(range(start, start + len(some)))
+        label = f"evaluating problems {start + 1} to {start + len(some)} of {len(rows)}:"
         out = sampler.generate(
             prompts, group_size=samples, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed,
-            temperature=0.0 if samples == 1 else temperature, prompt_numbers=numbers, label="evaluating",
+            temperature=0.0 if samples == 1 else temperature, prompt_numbers=numbers, label=label,
         )  # fmt: skip
         some_texts, some_parts, _ = score_completions(
             tokenizer, some, out.ids, graded, prefill=prefill, max_new_tokens=max_new_tokens,

@@ -8,6 +8,11 @@
 up in its adapter_config.json.
 """
 
+import progress
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is one sentence from here on
+    progress.begin("sample.py")
+
 import sys
 
 import data
