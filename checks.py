@@ -47,8 +47,8 @@ def config_of(script: str, argv: list[str]) -> configs.Config:
 
 def packages(cfg):
     """What the config needs beside torch and transformers is installed, and wandb knows who we are."""
-    uses_math = any("math" in (entry, entry[0]) for entry in cfg.rewards if entry)
-    if uses_math and importlib.util.find_spec("math_verify") is None:
+    names = [entry[0] if isinstance(entry, (tuple, list)) and entry else entry for entry in cfg.rewards]
+    if "math" in names and importlib.util.find_spec("math_verify") is None:
         raise ValueError("the reward 'math' needs math-verify: pip install math-verify")
     if cfg.kernels == "triton" and importlib.util.find_spec("triton") is None:
         raise ValueError("kernels = 'triton' needs Triton: pip install triton, or --kernels=auto")

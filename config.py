@@ -466,6 +466,11 @@ def refuse_merging(c: Config):
         )
 
 
+def model_name(c: Config) -> str:
+    """The model for a person: its folder or hub id, or what it is made of."""
+    return "of random weights" if c.scratch is not None else c.model
+
+
 def differences(c: Config) -> dict:
     """The keys whose values differ from the defaults."""
     defaults = dataclasses.asdict(Config())

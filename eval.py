@@ -56,7 +56,7 @@ def main(cfg):
     rewarding.check_sandbox(functions, cfg.sandbox)
     task = data.load_task(cfg.task, **configs.task_options(cfg))
     checks.columns(cfg, functions, task)
-    with progress.doing(f"loading the model {cfg.model}"):
+    with progress.doing(f"loading the model {configs.model_name(cfg)}"):
         model, tokenizer, stop_ids, _ = load_policy(
             cfg.model, adapter=cfg.adapter, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed,
             dtype=dtype, device=device,
@@ -72,6 +72,8 @@ def main(cfg):
 
 if __name__ == "__main__":
     try:
-        main(checks.config_of("eval.py", sys.argv[1:]))
+        cfg = checks.config_of("eval.py", sys.argv[1:])
+        with progress.doing("preparing the evaluation", drawn=False):
+            main(cfg)
     except (ValueError, rewarding.RewardError, OSError, ImportError) as e:  # SandboxError too
         sys.exit(f"eval.py: {e}")

@@ -62,7 +62,7 @@ class Run:
         with ranks.together():  # before minutes of loading: is there a checkpoint, and is it this run's?
             self.id, self.resumed, moments, changed = self.find_checkpoint()
             if not cfg.resume:
-                with progress.doing(f"looking for the model {cfg.model}"):
+                with progress.doing(f"looking for the model {configs.model_name(cfg)}"):
                     self.look_for_model()
         self.claim_folder(changed)
         with ranks.together(), progress.doing("loading the model"):

@@ -33,7 +33,7 @@ def main(cfg, folder=None):
     device, dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
     if dtype != torch.float32:
         print("the warm-up trains all weights; they are kept in fp32 inside the optimiser")
-    with progress.doing(f"loading the model {cfg.model}"):
+    with progress.doing(f"loading the model {configs.model_name(cfg)}"):
         model, tokenizer, stop_ids, base = load_policy(
             cfg.model, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed, dtype=dtype, device=device
         )
@@ -49,6 +49,7 @@ if __name__ == "__main__":
     try:
         config = checks.config_of("sft.py", sys.argv[1:])
         asked = any(word.startswith("--out_dir") for word in sys.argv[1:])
-        main(config, config.out_dir if asked else None)
+        with progress.doing("preparing the warm-up", drawn=False):
+            main(config, config.out_dir if asked else None)
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"sft.py: {e}")

@@ -500,7 +500,7 @@ class Interrupt:
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.evaluating = False
         for number in (signal.SIGINT, signal.SIGTERM):  # a cluster that takes its machine back sends SIGTERM
             signal.signal(number, self.ask)
 
@@ -508,7 +508,8 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("\nstopping after this step, which is then saved (Ctrl-C again: at once, without it)")
+        what = "this batch of problems" if self.evaluating else "this step, which is then saved"
+        progress.line(say, f"\nstopping after {what} (Ctrl-C again: at once, without it)")
 
     def on_any_rank(self) -> bool:
         return any(gather(self.asked))
@@ -518,7 +519,8 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
     """Held-out problems, on rank 0 while the others wait: (metrics, texts), both empty if interrupted."""
     metrics, texts = {}, []
     run.model.eval()  # no LoRA dropout
-    with ranks.together():
+    interrupt.evaluating = True
+    with ranks.together(), progress.doing("evaluating", drawn=False):
         if rank() == 0:
             rows = run.task.eval[: run.cfg.eval_problems]
             options = configs.evaluation_options(run.cfg)
@@ -531,6 +533,7 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
                 stop=lambda: interrupt.asked,
                 **options,
             )
+    interrupt.evaluating = False
     return metrics, texts
 
 
@@ -647,4 +650,4 @@ if __name__ == "__main__":
     except (ValueError, rewarding.RewardError, ranks.RankLost, OSError, ImportError) as e:
         ranks.leave(f"train.py: {e}")
     except KeyboardInterrupt:
-        sys.exit("\ntrain.py: stopped at once; the last checkpoint stands, go on from it with --resume=True")
+        sys.exit("\ntrain.py: stopped at once; what was saved before stands, --resume=True goes on from it")

@@ -1,6 +1,7 @@
 """What a person types in the first hour, and what comes back: one sentence, before a model is loaded."""
 
 import re
+import time
 
 import pytest
 
@@ -9,7 +10,7 @@ import config as configs
 import data
 import rewards as rewarding
 import usage
-from conftest import ROOT
+from conftest import ROOT, SHAPE
 
 
 def answer(*words, script="train.py") -> str:
@@ -111,3 +112,214 @@ def test_a_file_that_is_no_config_is_one_sentence_with_its_line(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert re.search(words, answer(path))
+
+
+# ------------------------------------------------------------------------------- a value that can't be meant
+ARITHMETIC, SMOLLM, GSM8K = "configs/arithmetic.py", "configs/smollm2.py", "configs/gsm8k.py"
+# What is typed after `python train.py`, and words of what comes back. {} is a folder with the files below.
+TYPED = [
+    # -- the form of a flag
+    ("configs/arithmatic.py", "did you mean configs/arithmetic.py"),
+    ("nowhere.py", "there are configs/arithmetic.py"),
+    ("configs", "no config file configs"),
+    (f"{ARITHMETIC} {GSM8K}", "one config file too many"),
+    (f"{ARITHMETIC} lr=3", "one config file too many"),
+    (f"{ARITHMETIC} -lr=3", "flags are written --key=value"),
+    (f"{ARITHMETIC} -lr 3", "flags are written --key=value"),
+    (f"{ARITHMETIC} --lr", "write --lr=VALUE"),
+    (f"{ARITHMETIC} --lr=", "float is wanted"),
+    (f"{ARITHMETIC} --=3", "unknown key ''"),
+    (f"{ARITHMETIC} --", "unknown key ''"),
+    (f"{ARITHMETIC} --lrr=3", "did you mean 'lr'"),
+    (f"{ARITHMETIC} --LR=3", "unknown key 'LR'"),
+    (f"{ARITHMETIC} --groupsize=4", "did you mean 'group_size'"),
+    (f"{ARITHMETIC} --zzz=1", "--help lists all keys"),
+    # -- types
+    (f"{ARITHMETIC} --steps=many", "int is wanted"),
+    (f"{ARITHMETIC} --steps=1.5", "int is wanted"),
+    (f"{ARITHMETIC} --steps=1,000", "int is wanted"),
+    (f"{ARITHMETIC} --steps=[1]", "int is wanted"),
+    (f"{ARITHMETIC} --lr=fast", "float is wanted"),
+    (f"{ARITHMETIC} --lr=True", "float is wanted"),
+    (f"{ARITHMETIC} --lr=1e", "float is wanted"),
+    (f"{ARITHMETIC} --resume=perhaps", "bool is wanted"),
+    (f"{ARITHMETIC} --resume=2", "bool is wanted"),
+    (f"{ARITHMETIC} --scratch=big", "dict is wanted"),
+    (f"{ARITHMETIC} --task_options=digits", "dict is wanted"),
+    (f"{ARITHMETIC} --rewards=3", "list is wanted"),
+    (f"{ARITHMETIC} --temperature=None", "float or function is wanted"),
+    (f"{ARITHMETIC} --reward_weights=1", "function is wanted"),
+    (f"{ARITHMETIC} --steps={'(' * 3000}", "int is wanted"),
+    (f"{ARITHMETIC} --steps={'9' * 5000}", "int is wanted"),
+    # -- numbers
+    (f"{ARITHMETIC} --threads=1000000", "too large: 1024 is the most"),
+    (f"{ARITHMETIC} --threads=-1", "0 is one a core"),
+    (f"{ARITHMETIC} --lora_rank=100000", "too large"),
+    (f"{ARITHMETIC} --lora_rank=-1", "too small"),
+    (f"{ARITHMETIC} --lora_rank=200", "above the model's width, 128"),
+    (f"{ARITHMETIC} --group_size=1000000000", "too large"),
+    (f"{ARITHMETIC} --group_size=0", "too small"),
+    (f"{ARITHMETIC} --group_size=1", "no group to compare with"),
+    (f"{ARITHMETIC} --group_size=-8", "too small"),
+    (f"{ARITHMETIC} --prompts_per_step=0", "too small"),
+    (f"{ARITHMETIC} --prompts_per_step=1000000000", "too large"),
+    (f"{ARITHMETIC} --prompts_per_step=100000 --group_size=10000", "lower prompts_per_step"),
+    (
+        f"{SMOLLM} --max_new_tokens=1000000 --group_size=10000",
+        "lower prompts_per_step, group_size or max_new_tokens",
+    ),
+    (f"{ARITHMETIC} --prompts_per_step=7 --minibatches=2", "does not divide into"),
+    (f"{ARITHMETIC} --seed=123456789012345678901234567890", "too large"),
+    (f"{ARITHMETIC} --seed=-1", "too small"),
+    (f"{ARITHMETIC} --max_new_tokens=0", "too small"),
+    (f"{ARITHMETIC} --max_new_tokens=64", "the model's context is 64"),
+    (f"{ARITHMETIC} --eval_max_new_tokens=9999", "the model's context is 64"),
+    (f"{ARITHMETIC} --micro_tokens=-1", "too small"),
+    (f"{ARITHMETIC} --temperature=0", "about 0.7 to 1"),
+    (f"{ARITHMETIC} --temperature=-1", "too small"),
+    (f"{ARITHMETIC} --temperature=1e9", "too large"),
+    (f"{ARITHMETIC} --top_p=0", "above 0; 1 switches it off"),
+    (f"{ARITHMETIC} --top_p=1.5", "too large: 1 is the most"),
+    (f"{ARITHMETIC} --top_p=-0.1", "too small"),
+    (f"{ARITHMETIC} --min_p=2", "too large"),
+    (f"{ARITHMETIC} --top_k=-5", "too small"),
+    (f"{ARITHMETIC} --slots=0", "None takes as many as are useful"),
+    (f"{ARITHMETIC} --slots=-3", "too small"),
+    (f"{ARITHMETIC} --clip_low=-0.2", "too small"),
+    (f"{ARITHMETIC} --clip_low=2", "too large"),
+    (f"{ARITHMETIC} --clip_high=-1", "too small"),
+    (f"{ARITHMETIC} --dual_clip=0.5", "3 is usual"),
+    (f"{ARITHMETIC} --cispo_max=0", "above 0"),
+    (f"{ARITHMETIC} --mismatch_clip=0", "2 is usual"),
+    (f"{ARITHMETIC} --top_entropy=0", "above 0"),
+    (f"{ARITHMETIC} --top_entropy=20", "too large"),
+    (f"{ARITHMETIC} --lora_dropout=1", "below 1"),
+    (f"{ARITHMETIC} --lora_dropout=-0.1", "too small"),
+    (f"{ARITHMETIC} --lora_alpha=0", "above 0"),
+    (f"{ARITHMETIC} --adam_beta1=1", "below 1"),
+    (f"{ARITHMETIC} --adam_beta2=1.5", "too large"),
+    (f"{ARITHMETIC} --adam_beta1=-0.1", "too small"),
+    (f"{ARITHMETIC} --weight_decay=-1", "too small"),
+    (f"{ARITHMETIC} --lr=-1e-5", "too small"),
+    (f"{ARITHMETIC} --lr -1", "too small"),
+    (f"{ARITHMETIC} --lr=5", "1e-5 for LoRA are usual"),
+    (f"{ARITHMETIC} --lr=1e999", "too large"),
+    (f"{ARITHMETIC} --sft_lr=-1", "too small"),
+    (f"{ARITHMETIC} --max_grad_norm=0", "above 0"),
+    (f"{ARITHMETIC} --max_grad_norm=-1", "too small"),
+    (f"{ARITHMETIC} --reward_timeout=0", "above 0"),
+    (f"{ARITHMETIC} --reward_timeout=-5", "too small"),
+    (f"{ARITHMETIC} --beta=-0.1", "too small"),
+    (f"{ARITHMETIC} --ref_mix=2", "too large"),
+    (f"{ARITHMETIC} --ref_sync_every=5", "needs beta > 0"),
+    (f"{ARITHMETIC} --steps=-1", "too small"),
+    (f"{ARITHMETIC} --epochs=0", "too small"),
+    (f"{ARITHMETIC} --eval_problems=0", "too small"),
+    (f"{ARITHMETIC} --eval_samples=0", "too small"),
+    (f"{ARITHMETIC} --eval_temperature=-1", "too small"),
+    (f"{ARITHMETIC} --keep=-1", "too small"),
+    # -- names
+    (f"{ARITHMETIC} --device=foo", "'cuda:1'"),
+    (f"{ARITHMETIC} --device=gpu", "is not one of 'auto'"),
+    (f"{ARITHMETIC} --device=cuda:x", "is not one of 'auto'"),
+    (f"{ARITHMETIC} --dtype=fp16", "'bfloat16'"),
+    (f"{ARITHMETIC} --dtype=bf16", "did you mean 'bfloat16'"),
+    (f"{ARITHMETIC} --objective=ppo", "'clip'"),
+    (f"{ARITHMETIC} --aggregate=tokens", "did you mean 'token'"),
+    (f"{ARITHMETIC} --advantage=grpo", "'group'"),
+    (f"{ARITHMETIC} --kl=k4", "'k3'"),
+    (f"{ARITHMETIC} --preset=ppo", "'dapo'"),
+    (f"{ARITHMETIC} --schedule=cos", "'cosine'"),
+    (f"{ARITHMETIC} --checkpointing=all", "'layers'"),
+    (f"{ARITHMETIC} --sandbox=none", "'strict'"),
+    (f"{ARITHMETIC} --kernels=cuda", "'triton'"),
+    (f"{ARITHMETIC} --wandb=True", "'online'"),
+    (f"{ARITHMETIC} --task=arithmatic", "did you mean 'arithmetic'"),
+    (f"{ARITHMETIC} --task=", "unknown task ''"),
+    (f"{ARITHMETIC} --rewards=arithmatic", "did you mean 'arithmetic'"),
+    (f"{ARITHMETIC} --rewards=[('arithmetic',0)]", "no reward has a weight other than 0"),
+    (f"{ARITHMETIC} --rewards=[]", "no reward has a weight other than 0"),
+    (f"{ARITHMETIC} --rewards=[('arithmetic',1,2)]", "pairs such as"),
+    (f"{ARITHMETIC} --rewards=[('arithmetic','much')]", "pairs such as"),
+    (f"{ARITHMETIC} --rewards=[3]", "pairs such as"),
+    (f"{ARITHMETIC} --rewards=[('words',1e999)]", "finite weight"),
+    (f"{SMOLLM} --lora_targets=[]", "lora_targets is empty"),
+    (f"{SMOLLM} --lora_targets=query", "lora_targets has 'query'"),
+    (f"{SMOLLM} --lora_targets=all-linear", "tuple is wanted"),
+    (f"{ARITHMETIC} --task_options={{'digit':3}}", "takes no 'digit'"),
+    (f"{ARITHMETIC} --task_options={{'digits':'three'}}", "digits"),
+    (f"{ARITHMETIC} --task_options={{'digits':-1}}", "arithmetic needs style"),
+    (f"{ARITHMETIC} --combine=normalize_then_sum --advantage=rloo", "leave that at 'group'"),
+    (f"{SMOLLM} --lora_merge=on --lora_dropout=0.1", "cannot have lora_dropout"),
+    # -- models and folders
+    (f"{ARITHMETIC} --alphabet=", "scratch needs an alphabet"),
+    (f"{ARITHMETIC} --scratch={{'hidden_size':8}}", "lacks"),
+    (f"{ARITHMETIC} --scratch={{'hidden_size':10000000}}", "lacks"),
+    (f"{GSM8K} --model=", "model is empty"),
+    (f"{SMOLLM} --adapter=nowhere", "no folder of a PEFT adapter"),
+    (f"{ARITHMETIC} --out_dir={{}}/file", "is a file"),
+    (f"{ARITHMETIC} --out_dir={{}}/file/run", "is a file"),
+    # -- data
+    ("{}/own.py --train_file={}/nowhere.jsonl", "there is no file"),
+    ("{}/own.py --train_file={}/not_json.jsonl", "line 2: not JSON"),
+    ("{}/own.py --train_file={}/no_prompt.jsonl", "line 2: needs a `prompt`"),
+    ("{}/own.py --train_file={}/empty_prompt.jsonl", "line 2: needs a `prompt`"),
+    ("{}/own.py --train_file={}/blank_prompt.jsonl", "line 2: needs a `prompt`"),
+    ("{}/own.py --train_file={}/role.jsonl", "line 2: the role 'bot'"),
+    ("{}/own.py --train_file={}/system_last.jsonl", "line 2: the messages end with 'system'"),
+    ("{}/own.py --train_file={}/nan.jsonl", "line 2: `answer` is nan"),
+    ("{}/own.py --train_file={}/one.jsonl", "1 rows, and 2 are needed"),
+    ("{}/own.py --train_file={}/empty.jsonl", "0 rows"),
+    ("{}/own.py --train_file={}/list.jsonl", "line 1: needs a `prompt`"),
+    ("{}/own.py --train_file={}/no_answer.jsonl", "wants 'answer'"),
+    ("{}/own.py --train_file={}", "there is no file"),
+    ("{}/own.py --train_file=", "needs train_file"),
+    ("{}/column.py", "wants 'solutions'"),
+    ("{}/weights.py", "2 numbers are wanted"),
+    ("{}/weights_raise.py", "reward_weights raised ZeroDivisionError"),
+    ("{}/hot.py", "a number above 0 is wanted"),
+]
+GOOD = '{"prompt": "1+1", "answer": "2"}\n'
+FILES = {
+    "file": "x",
+    "own.py": "task = 'jsonl'\nrewards = [('gsm8k', 1.0)]\nscratch, alphabet = %r, '0123456789+'\n"
+    "max_new_tokens = 8\n",
+    "not_json.jsonl": GOOD + "{'prompt': 'x'}\n",
+    "no_prompt.jsonl": GOOD + '{"question": "x"}\n',
+    "empty_prompt.jsonl": GOOD + '{"prompt": ""}\n',
+    "blank_prompt.jsonl": GOOD + '{"prompt": "  "}\n',
+    "role.jsonl": GOOD + '{"prompt": [{"role": "bot", "content": "x"}]}\n',
+    "system_last.jsonl": GOOD + '{"prompt": [{"role": "system", "content": "x"}]}\n',
+    "nan.jsonl": GOOD + '{"prompt": "1+1", "answer": NaN}\n',
+    "one.jsonl": GOOD,
+    "empty.jsonl": "",
+    "list.jsonl": "[1]\n",
+    "no_answer.jsonl": '{"prompt": "1+1"}\n' * 3,
+    "column.py": "def f(completions, solutions):\n    return []\ntask = 'arithmetic'\nrewards = [(f, 1.0)]\n",
+    "weights.py": "rewards = ['gsm8k', 'format']\ndef reward_weights(step):\n    return [1.0]\n",
+    "weights_raise.py": "def reward_weights(step):\n    return 1 / 0\n",
+    "hot.py": "def temperature(step):\n    return 1 - step\n",
+}
+
+
+def folder_of_files(path):
+    for name, text in FILES.items():
+        (path / name).write_text(text % SHAPE if "%r" in text else text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return folder_of_files(tmp_path_factory.mktemp("typed"))
+
+
+@pytest.mark.parametrize("typed, words", TYPED, ids=[typed[:60] for typed, _ in TYPED])
+def test_what_can_not_be_meant_is_one_sentence_before_a_model_is_loaded(files, typed, words):
+    began = time.perf_counter()
+    sentence = answer(*typed.replace("{}", str(files)).replace("{{", "{").replace("}}", "}").split(" "))
+    assert words in sentence
+    assert time.perf_counter() - began < 2
+
+
+def test_there_are_a_hundred_of_them():
+    assert len(TYPED) + len(NO_CONFIGS) + len(usage.ELSEWHERE) > 200
