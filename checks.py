@@ -20,6 +20,7 @@ import data
 import progress
 import rewards as rewarding
 import usage
+from policy import newest_of_run
 from shape import Shape
 
 # A token of a step, in bytes of Python lists and tensors: its id, its log-probability, its entropy, its draw.
@@ -130,6 +131,7 @@ def shape_of(cfg) -> Shape | None:
     path = Path(cfg.model or ".")
     if not cfg.model:
         raise ValueError("model is empty: give a folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    path = Path(newest_of_run(str(path)))
     if (path / "adapter_config.json").is_file():
         path = Path(json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"])
     if not (path / "config.json").is_file():

@@ -75,5 +75,11 @@ if __name__ == "__main__":
         cfg = checks.config_of("eval.py", sys.argv[1:])
         with progress.doing("preparing the evaluation", drawn=False):
             main(cfg)
-    except (ValueError, rewarding.RewardError, OSError, ImportError) as e:  # SandboxError too
+    except (
+        ValueError,
+        rewarding.RewardError,
+        FloatingPointError,
+        OSError,
+        ImportError,
+    ) as e:  # SandboxError too
         sys.exit(f"eval.py: {e}")

@@ -110,9 +110,12 @@ def doing(what: str, total: int = 0, drawn: bool = True):
     """A phase, within others or alone. total: of what `show` counts; 0: nothing is counted.
 
     drawn=False: said in a log file where it lasts, but not drawn on a terminal, since text may be printed
-    inside.
+    inside. what="": not said at all.
     """
     phase = Phase(what, total, drawn)
+    if not what:
+        yield phase
+        return
     PHASES.append(phase)
     watch()
     try:

@@ -114,6 +114,7 @@ class Sampler:
         prompt_numbers=None,
         entropy=False,
         on_group=None,
+        on_token=None,
         label="sampling",
     ) -> Rollout:
         """Draws group_size completions of each prompt.
@@ -122,7 +123,8 @@ class Sampler:
         a row; a prompt near the end of the model's context gets what is left. stop_ids: any of them ends a
         row and stays in it. temperature 0 is greedy. seed, step, prompt_numbers (default 0..B-1): the keys of
         the draws. entropy: note that of every distribution drawn from, too. on_group(b, ids): called when the
-        last row of prompt b is finished. label: of the progress bar.
+        last row of prompt b is finished. on_token(row, id): called for every token as it is recorded. label:
+        of the progress bar; "" shows none.
 
         Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
         """
@@ -138,6 +140,7 @@ class Sampler:
         )
         limits = self.row_limits(prompts, group_size, max_new_tokens)
         self.open_accounts(prompts, group_size, limits, stop_ids, entropy, on_group)
+        self.on_token = on_token
         self.prepare_slots()
         with progress.doing(label, len(limits)) as self.progress:
             try:
@@ -448,6 +451,8 @@ class Sampler:
             ids = self.ids[row]
             ids.append(token)
             self.logprobs[row].append(logp)
+            if self.on_token:
+                self.on_token(row, token)
             if token in self.stop_ids or len(ids) == self.limits[row]:
                 self.stopped[row] = token in self.stop_ids
                 self.ended[row] = True

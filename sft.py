@@ -51,5 +51,5 @@ if __name__ == "__main__":
         asked = any(word.startswith("--out_dir") for word in sys.argv[1:])
         with progress.doing("preparing the warm-up", drawn=False):
             main(config, config.out_dir if asked else None)
-    except (ValueError, OSError, ImportError) as e:
+    except (ValueError, FloatingPointError, OSError, ImportError) as e:
         sys.exit(f"sft.py: {e}")

@@ -1,6 +1,9 @@
 """What a person types in the first hour, and what comes back: one sentence, before a model is loaded."""
 
 import re
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -8,9 +11,12 @@ import pytest
 import checks
 import config as configs
 import data
+import progress
 import rewards as rewarding
+import sample
+import train
 import usage
-from conftest import ROOT, SHAPE
+from conftest import ROOT, SHAPE, settings
 
 
 def answer(*words, script="train.py") -> str:
@@ -323,3 +329,105 @@ def test_what_can_not_be_meant_is_one_sentence_before_a_model_is_loaded(files, t
 
 def test_there_are_a_hundred_of_them():
     assert len(TYPED) + len(NO_CONFIGS) + len(usage.ELSEWHERE) > 200
+
+
+# ------------------------------------------------------------------------------------------------ sample.py
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of one step, with a checkpoint of random weights."""
+    cfg = settings(tmp_path_factory.mktemp("talk"), steps=1, save_every=1, rollouts_every=0)
+    assert train.main(cfg) == 0
+    return cfg.out_dir
+
+
+def test_an_answer_is_streamed_and_is_what_the_sampler_draws(run_folder, capsys):
+    """--model=out/NAME, a run's folder, failed: its config.json is not a model's."""
+    words = [f"--model={run_folder}", "--threads=1", "--max_new_tokens=9", "--seed", "3"]
+    sample.main([*words, "12+34="])
+    streamed = capsys.readouterr().out
+    sample.main([*words, "--samples=2", "12+34="])
+    several = capsys.readouterr().out
+    text, _, rest = streamed.partition("\n--- ")
+    assert re.match(r"\d tokens", rest)
+    assert f"--- 1: {rest.strip()}\n{text}\n--- 2: " in several
+
+
+def test_without_a_prompt_sample_is_a_chat_until_ctrl_d(run_folder, capsys, monkeypatch):
+    lines = iter(["12+34=", "", "what?", "5+6="])
+
+    def typed(prompt):
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    sample.main([f"--model={run_folder}", "--threads=1", "--max_new_tokens=5"])
+    out = capsys.readouterr().out
+    assert "Ctrl-D" in out and len(re.findall(r"^--- \d tokens", out, re.M)) == 2
+    assert "alphabet lacks the characters" in out  # `what?`, which ends neither the chat nor Python
+
+
+def test_ctrl_c_ends_an_answer_and_keeps_what_is_there(run_folder, capsys):
+    flags, _ = sample.parse([f"--model={run_folder}", "--threads=1", "--max_new_tokens=40", "--seed=1"])
+    talker = sample.Talker(flags)
+    decode, calls = talker.text, []
+
+    def interrupted(ids):
+        calls.append(ids)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return decode(ids)
+
+    talker.text = interrupted
+    talker.stop_ids = [47]  # none that it knows, so that it would go on
+    assert len(talker.stream("12+34=")) >= 3
+    assert "4 tokens, stopped by Ctrl-C" in capsys.readouterr().out
+
+
+def test_a_run_without_a_checkpoint_is_no_model(tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    with pytest.raises(ValueError, match="a run without a whole checkpoint"):
+        sample.main([f"--model={tmp_path}", "hi"])
+
+
+# --------------------------------------------------------------------------------------------------- Ctrl-C
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "sft.py", "sample.py"])
+def test_ctrl_c_before_a_run_begins_is_one_sentence(tmp_path, script, seconds):
+    """It was a traceback of 24 to 74 lines while packages were imported, or a model was warmed up."""
+    words = [script, "configs/arithmetic.py", f"--out_dir={tmp_path / 'run'}", "--threads=1"]
+    if script == "sample.py":
+        words = [script, f"--model={tmp_path}", "hello"]
+    process = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert "Traceback" not in out
+    # On a fast machine sample.py may have found by then that the folder is no model.
+    assert process.returncode in (130, 1)
+    last = out.strip().splitlines()[-1]
+    assert last.startswith(f"{script}: stopped") or script == "sample.py"
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    """A machine without transformers ended in a traceback, after torch had been imported."""
+    monkeypatch.setattr(progress, "NEEDED", ("json", "no_such_package"))
+    with pytest.raises(SystemExit, match="no_such_package cannot be imported: pip install -r"):
+        progress.begin("train.py")
+
+
+def test_wandb_online_without_a_key_is_said_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)
+    assert "type wandb login first" in answer(ARITHMETIC, "--wandb=online")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "x" * 40 + "\n")
+    assert answer(ARITHMETIC, "--wandb=online") == ""
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert "pip install wandb" in answer(ARITHMETIC, "--wandb", "offline")

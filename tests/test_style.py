@@ -33,11 +33,11 @@ MAY_IMPORT = {
     # what a run needs
     "config": {"loss", "usage"},  # an objective's keywords are config keys
     "rewards": {"data"},
-    "policy": {"data", "lora", "model"},
+    "policy": {"checkpoint", "data", "lora", "model"},
     "head": {"loss"},
     "batch": {"loss", "model", "ranks", "rollout"},
     "evaluation": {"data", "rewards"},
-    "checks": {"config", "data", "progress", "rewards", "shape", "usage"},
+    "checks": {"config", "data", "policy", "progress", "rewards", "shape", "usage"},
     "warmup": {"data", "model", "optim", "progress"},
     "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout"},
 }
