@@ -39,7 +39,7 @@ import optim
 import ranks
 import rewards as rewarding
 from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
-from evaluation import evaluate, refuse_hopeless, summary
+from evaluation import evaluate, missing_form, refuse_hopeless, summary
 from fingerprint import fingerprint, hash_of_ids
 from head import policy_head
 from kernels.logprob import any_truncation
@@ -116,11 +116,17 @@ def train_step(run, number: int) -> dict:
     step.drawn = step.scores = gather_scores(batch)
     if number == 1 and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
+        found = gather((missing_form(step.rewards, batch.texts), len(batch.texts)))
+        missing = None
+        if found[0][0]:
+            share = sum(lost for (_, lost), _ in found) / sum(texts for _, texts in found)
+            missing = found[0][0][0], share
         refuse_hopeless(
             step.drawn.rewards,
             step.drawn.stopped,
             cfg.max_new_tokens,
             within_groups=not callable(cfg.advantage),
+            missing=missing,
         )
     if cfg.resample_zero_groups:
         resample(run, step, batch)

@@ -431,3 +431,18 @@ def test_wandb_online_without_a_key_is_said_before_anything_is_loaded(monkeypatc
     (tmp_path / "netrc").unlink()
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     assert "pip install wandb" in answer(ARITHMETIC, "--wandb", "offline")
+
+
+# ------------------------------------------------------------------------------ a first batch without signal
+def test_a_first_batch_whose_form_the_reward_does_not_find_says_so(tmp_path):
+    """Answers stood in \\boxed{}, the reward looked for ####, and max_new_tokens was named as the cure."""
+    cfg = settings(tmp_path, rewards=[("gsm8k", 1.0)], steps=1, max_new_tokens=50)
+    with pytest.raises(ValueError, match="no answer was found in 100% of the completions.*looks for ####"):
+        train.main(cfg)
+
+
+def test_an_answer_of_the_models_own_form_is_found_by_the_reward_of_the_gsm8k_config():
+    cfg = configs.load([GSM8K])
+    (label, graded, weight), *_ = rewarding.resolve(cfg.rewards)
+    assert weight == 1 and "boxed" in cfg.system_prompt and cfg.max_new_tokens >= 512
+    assert graded(["So it is \\boxed{72}.", "\\boxed{71}"], answer=["72", "72"]) == [1.0, 0.0]
