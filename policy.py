@@ -12,6 +12,7 @@ import os
 
 import torch
 
+import checkpoint
 import data
 import lora
 import model as models
@@ -48,12 +49,23 @@ def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=to
 def find_model(path: str) -> tuple[str, str, str]:
     """(checkpoint folder, adapter folder or "", path of the base) of a model's or adapter's folder or hub id.
 
-    Downloads what is not there. Raises ValueError where there is no such model.
+    A run's folder, out/NAME, is its newest whole checkpoint. Downloads what is not there. Raises ValueError
+    where there is no such model.
     """
-    adapter = ""
+    adapter, path = "", newest_of_run(path)
     if os.path.exists(os.path.join(path, "adapter_config.json")):
         adapter, path = path, lora.read_config(path)["base_model_name_or_path"]
     return models.find_checkpoint(path), adapter, path
+
+
+def newest_of_run(path: str) -> str:
+    """The newest whole checkpoint where `path` is the folder of a run, else `path` itself."""
+    if not os.path.isdir(os.path.join(path, "ckpt")):
+        return path
+    found = checkpoint.newest(path)
+    if found is None:
+        raise ValueError(f"{path} is a run without a whole checkpoint: give the folder of a model")
+    return str(found)
 
 
 def save_policy(model, tokenizer, stop_ids, folder, *, base):
@@ -71,7 +83,7 @@ def save_policy(model, tokenizer, stop_ids, folder, *, base):
 
 
 def pick_device(device: str, dtype: str, threads: int = 0) -> tuple[str, torch.dtype]:
-    """("cuda" or "cpu", dtype) for a config's "auto"; sets torch's CPU threads (0: one a core).
+    """("cuda", "cpu" or "mps", dtype) for a config's "auto"; sets torch's CPU threads (0: one a core).
 
     "auto" is bf16 on a GPU and fp32 on a CPU: most CPUs have no bf16 and emulate it 50 times slower.
     """
@@ -81,6 +93,8 @@ def pick_device(device: str, dtype: str, threads: int = 0) -> tuple[str, torch.d
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
+    if device == "mps":  # every kernel takes its torch form there
+        print("device = 'mps' is untested: look at the first steps, and compare with --device=cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return device, getattr(torch, dtype)

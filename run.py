@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import checks
 import config as configs
 import data
 import kernels
 import lora
 import loss
 import optim
+import progress
 import ranks
 import rewards as rewarding
 import rundir
@@ -43,7 +45,11 @@ class Run:
         refuse_uneven_ranks(cfg)
         self.rewards = rewarding.resolve(cfg.rewards)
         rewarding.check_sandbox(self.rewards, cfg.sandbox)
-        self.task = data.load_task(cfg.task, **configs.task_options(cfg))
+        with progress.doing(
+            f"reading the task {cfg.task}" if isinstance(cfg.task, str) else "reading the task"
+        ):
+            self.task = data.load_task(cfg.task, **configs.task_options(cfg))
+        checks.columns(cfg, self.rewards, self.task)
         self.advantages = advantage_function(cfg)
         self.objective = configs.objective_options(cfg)
 
@@ -57,9 +63,10 @@ class Run:
         with ranks.together():  # before minutes of loading: is there a checkpoint, and is it this run's?
             self.id, self.resumed, moments, changed = self.find_checkpoint()
             if not cfg.resume:
-                self.look_for_model()
+                with progress.doing(f"looking for the model {configs.model_name(cfg)}"):
+                    self.look_for_model()
         self.claim_folder(changed)
-        with ranks.together():
+        with ranks.together(), progress.doing("loading the model"):
             self.load_models()
         for model in (self.model, self.reference):
             if model is not None:

@@ -17,6 +17,11 @@ Dims: B prompts a step, G completions a prompt, N = B * G rows of the step, n of
 rewards; T completion tokens of a micro-batch.
 """
 
+import progress
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is one sentence from here on
+    progress.begin("train.py")
+
 import contextlib
 import signal
 import sys
@@ -27,6 +32,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import checks
 import config as configs
 import data
 import lora
@@ -35,7 +41,7 @@ import ranks
 import report
 import rewards as rewarding
 from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
-from evaluation import evaluate, refuse_hopeless, summary
+from evaluation import evaluate, missing_form, refuse_hopeless, summary
 from fingerprint import fingerprint, hash_of_ids
 from head import policy_head
 from kernels.logprob import any_truncation
@@ -114,11 +120,17 @@ def train_step(run, number: int) -> dict:
     step.drawn = step.scores = gather_scores(batch)
     if number == 1 and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
+        found = gather((missing_form(step.rewards, batch.texts), len(batch.texts)))
+        missing = None
+        if found[0][0]:
+            share = sum(lost for (_, lost), _ in found) / sum(texts for _, texts in found)
+            missing = found[0][0][0], share
         refuse_hopeless(
             step.drawn.rewards,
             step.drawn.stopped,
             cfg.max_new_tokens,
             within_groups=not callable(cfg.advantage),
+            missing=missing,
         )
     if cfg.resample_zero_groups:
         resample(run, step, batch)
@@ -188,7 +200,7 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
             **step.sampling,
         )
     # Text is made from the ids once, for the rewards and the log, and never becomes ids again.
-    with step.timer("score"):
+    with step.timer("score"), progress.doing("scoring"):
         scored = background.results() if background else [score_rows(run, step, rows, out.ids)]
     # Counted here, because dynamic sampling comes through here several times in a step.
     step.tokens_drawn += out.stats["tokens"]
@@ -349,8 +361,9 @@ def update(run, step, batch, groups, first: bool):
     # One divisor for the whole update, over all ranks. Dividing by a micro-batch's own count would make the
     # gradient depend on how the step is cut.
     objective = run.objective | dict(norm=step_normaliser(cfg, batch, groups))
-    with ranks.together():
-        stats = accumulate_gradients(run, step, batch, groups, objective)
+    rows = int(batch.needed.view(-1, cfg.group_size)[groups].sum())
+    with ranks.together(), progress.doing("updating", rows) as bar:
+        stats = accumulate_gradients(run, step, batch, groups, objective, bar)
 
     # Before anything is learnt from it: is the trainer the model that the sampler drew from?
     stats = sum_stats(stats)
@@ -368,8 +381,11 @@ def update(run, step, batch, groups, first: bool):
     return stats, grad_norm
 
 
-def accumulate_gradients(run, step, batch, groups, objective) -> dict:
-    """Forward, loss and backward of the rows of these groups. Returns policy_loss's sums on this rank."""
+def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
+    """Forward, loss and backward of the rows of these groups. Returns policy_loss's sums on this rank.
+
+    bar: shows a person how many rows are done.
+    """
     # A micro-batch is as much as fits into memory. With one divisor for the step, how it is cut changes the
     # gradient by rounding only.
     model, stats = run.model, {}
@@ -390,6 +406,7 @@ def accumulate_gradients(run, step, batch, groups, objective) -> dict:
             if not torch.isfinite(loss.detach()):
                 refuse_loss(run, step, loss, prompts, completions, tokens)
             loss.backward()  # gradients add up over micro-batches
+        bar.show(bar.done + len(numbers))
         # Sums and not means, so that micro-batches, and ranks later, may be added up in any grouping.
         stats = add_stats(stats, sums)
         # Of the step's first update, when the weights are those that the rows were drawn with.
@@ -504,7 +521,7 @@ class Interrupt:
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.evaluating = False
         for number in (signal.SIGINT, signal.SIGTERM):  # a cluster that takes its machine back sends SIGTERM
             signal.signal(number, self.ask)
 
@@ -512,7 +529,8 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("\nstopping after this step, which is then saved (Ctrl-C again: at once, without it)")
+        what = "this batch of problems" if self.evaluating else "this step, which is then saved"
+        progress.line(say, f"\nstopping after {what} (Ctrl-C again: at once, without it)")
 
     def on_any_rank(self) -> bool:
         return any(gather(self.asked))
@@ -522,7 +540,8 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
     """Held-out problems, on rank 0 while the others wait: (metrics, texts), both empty if interrupted."""
     metrics, texts = {}, []
     run.model.eval()  # no LoRA dropout
-    with ranks.together():
+    interrupt.evaluating = True
+    with ranks.together(), progress.doing("evaluating", drawn=False):
         if rank() == 0:
             rows = run.task.eval[: run.cfg.eval_problems]
             options = configs.evaluation_options(run.cfg)
@@ -536,6 +555,7 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
                 on_answers=partial(write_answers, run),
                 **options,
             )
+    interrupt.evaluating = False
     return metrics, texts
 
 
@@ -552,13 +572,16 @@ def evaluate_missing(run, log, interrupt) -> tuple[dict, list] | None:
         return None
     found = evaluate_now(run, interrupt)
     if found[0]:
-        say(f"{'before:' if number == 0 else '      ='} {summary(found[0])}")
+        progress.line(say, f"{'before:' if number == 0 else '      ='} {summary(found[0])}")
         log.add(number, found[0])
     return found
 
 
 def main(cfg) -> int:
-    run = Run(cfg)  # model, task, rewards, optimiser; where the run is resumed, as the checkpoint has them
+    # Model, task, rewards, optimiser; where the run is resumed, as the checkpoint has them. Until the loop
+    # takes Ctrl-C over there is nothing to save, and it ends the process (progress.leave).
+    with progress.doing("preparing the run", drawn=False):
+        run = Run(cfg)
     log, interrupt = Log(run), Interrupt()
     header(run)
     first = run.state["step"] + 1
@@ -573,14 +596,15 @@ def main(cfg) -> int:
             # Between two steps everything is whole, so this is where a run can be left.
             if interrupt.on_any_rank():
                 return stop(run, log, "interrupted")
-            metrics = train_step(run, number)
+            with progress.doing(f"step {number}", drawn=False):
+                metrics = train_step(run, number)
             seconds = (time.perf_counter() - started) / (number - first + 1)
-            say(line(run, metrics, seconds * (cfg.steps - number)))
+            progress.line(say, line(run, metrics, seconds * (cfg.steps - number)))
             if due(number, cfg.eval_every, cfg.steps):
                 after = evaluate_now(run, interrupt)
                 metrics |= after[0]
                 if after[0]:
-                    say(f"      = {summary(after[0])}")
+                    progress.line(say, f"      = {summary(after[0])}")
             # The row is written before the checkpoint: a run that dies between the two and is resumed makes
             # the step again, and its row replaces this one.
             log.write(metrics)
@@ -656,8 +680,8 @@ def safe(run) -> str:
 
 if __name__ == "__main__":
     try:
-        ranks.end(main(configs.load(sys.argv[1:])))
-    except (ValueError, rewarding.RewardError, ranks.RankLost) as e:
+        ranks.end(main(checks.config_of("train.py", sys.argv[1:])))
+    except (ValueError, rewarding.RewardError, ranks.RankLost, OSError, ImportError) as e:
         ranks.leave(f"train.py: {e}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped at once; the last checkpoint stands, go on from it with --resume=True")
+        sys.exit("\ntrain.py: stopped at once; what was saved before stands, --resume=True goes on from it")

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from tasks import isolation as apart
-from tasks import sandbox
 from tasks.sandbox import FULL, SandboxError, check, check_all, isolation
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "cache": set(),
     "rundir": {"checkpoint"},
     "fingerprint": set(),
+    "progress": set(),
+    "usage": set(),
     "picture": set(),
     "report": {"picture"},  # reads what a run left: nothing of a run knows of it but train.py's last line
     # a model, and sampling from it
@@ -29,19 +31,20 @@ MAY_IMPORT = {
     "model": {"packing", "shape"},
     "lora": set(),
     "decode": {"cache"},
-    "rollout": {"cache", "decode", "model"},
+    "rollout": {"cache", "decode", "model", "progress"},
     # what a run needs
-    "config": {"loss"},  # an objective's keywords are config keys
+    "config": {"loss", "usage"},  # an objective's keywords are config keys
     "rewards": {"data"},
-    "policy": {"data", "lora", "model"},
+    "policy": {"checkpoint", "data", "lora", "model"},
     "head": {"loss"},
     "batch": {"loss", "model", "ranks", "rollout"},
     "evaluation": {"data", "rewards"},
-    "warmup": {"data", "model", "optim"},
+    "checks": {"config", "data", "policy", "progress", "rewards", "shape", "usage"},
+    "warmup": {"data", "model", "optim", "progress"},
     "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"fingerprint", "rollout", "rundir", "warmup"}
+MAY_IMPORT["run"] |= {"checks", "fingerprint", "progress", "rollout", "rundir", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
