@@ -80,6 +80,7 @@ class Step:
     scores: Scores | None = None  # of all ranks, as trained on: after groups without signal were replaced
     tokens_drawn: int = 0  # on this rank
     tokens_read: int = 0  # on this rank: each completion counts its prompt
+    ids_sum: int = 0  # of all ids drawn on this rank, see fingerprint.py
     resampled: int = 0  # prompts that dynamic sampling used, on this rank
 
 

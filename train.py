@@ -28,6 +28,7 @@ import torch
 import checkpoint
 import config as configs
 import data
+import fingerprint
 import lora
 import optim
 import ranks
@@ -121,8 +122,8 @@ def train_step(run, number: int) -> dict:
     metrics = learn(run, step, batch)
 
     # The step is complete. From here on it counts: this is the one place where the run's state changes.
-    counts = gather((step.tokens_drawn, step.tokens_read))
-    drawn, read = [sum(of_ranks) for of_ranks in zip(*counts)]
+    counts = gather((step.tokens_drawn, step.tokens_read, step.ids_sum))
+    drawn, read, ids_sum = [sum(of_ranks) for of_ranks in zip(*counts)]
     num_tokens = run.state["num_tokens"] + drawn + read
     run.state = dict(step=number, num_tokens=num_tokens, advantage=advantage_state)
     run.sync_reference(number)
@@ -131,6 +132,7 @@ def train_step(run, number: int) -> dict:
     # All below is for people: it changes nothing that is learnt.
     epoch = run.task.epoch(number, cfg.prompts_per_step)
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
+    metrics["fingerprint"] = fingerprint.as_text(ids_sum, fingerprint.of_weights(run.optimizer.fp32))
     metrics |= reward_metrics(step.drawn, step.rewards)
     metrics |= completion_metrics(step.drawn)
     metrics |= step.timer.metrics(drawn)
@@ -180,6 +182,8 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
     # Counted here, because dynamic sampling comes through here several times in a step.
     step.tokens_drawn += out.stats["tokens"]
     step.tokens_read += cfg.group_size * sum(map(len, prompts))
+    groups = [out.group(b, cfg.group_size) for b in range(len(prompts))]
+    step.ids_sum += fingerprint.of_ids(numbers, groups)
     texts, parts, reward = zip(*scored)
     texts = [text for some in texts for text in some]
     return Batch(rows, prompts, out, texts, np.concatenate(parts), np.concatenate(reward))

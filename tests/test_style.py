@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "ranks": set(),
     "shape": set(),
     "cache": set(),
+    "fingerprint": set(),
     "rundir": {"checkpoint"},
     # a model, and sampling from it
     "packing": set(),
@@ -42,7 +43,17 @@ MAY_IMPORT["run"] |= {"rollout", "rundir", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
-ALONE = ["loss", "data", "optim", "ranks", "shape", "kernels/switch", "kernels/attention", "tasks/sandbox"]
+ALONE = [
+    "loss",
+    "data",
+    "optim",
+    "ranks",
+    "shape",
+    "fingerprint",
+    "kernels/switch",
+    "kernels/attention",
+    "tasks/sandbox",
+]
 # With kernels/switch.py beside it, and nothing else of ours.
 WITH_SWITCH = ["flash_attention", "logprob", "lora_linear", "rms_norm", "rope", "sample", "swiglu"]
 
