@@ -114,7 +114,7 @@ class Config:
     eval_temperature: float = 1.0
     eval_max_new_tokens: int = 0  # 0: max_new_tokens
     # -- the run
-    force: bool = False  # go on although the first batch shows that nothing can be learnt
+    force: bool = False  # go on although nothing can be learnt from the first batch, or the disk is too small
     checkpointing: str = "none"  # none | layers: keep what enters a layer, compute the rest again in backward
     kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0

@@ -108,25 +108,33 @@ def write_rollouts(run, step, batch):
     if rank() != 0:
         return
     folder = run.out / "rollouts"
-    folder.mkdir(exist_ok=True)
+    path = folder / f"step_{step.number:06d}.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rollout_rows(run, step, batch)]
+    try:
+        folder.mkdir(exist_ok=True)
+        path.write_text("".join(lines))
+    except OSError as error:  # they are for people, and nothing is made from them: no reason to stop
+        say(f"{path} could not be written ({error.strerror}): going on without it")
+
+
+def rollout_rows(run, step, batch):
+    """What a person may want to know of each completion of this rank, prompts in order."""
     labels = [label for label, _, _ in run.rewards]
     G = batch.group_size
-    with open(folder / f"step_{step.number:06d}.jsonl", "w") as f:
-        for n, ids in enumerate(batch.out.ids):
-            entropy = batch.entropies.get(n)
-            row = dict(
-                step=step.number,
-                prompt=batch.rows[n // G]["prompt"],
-                completion=batch.texts[n],
-                ids=ids,
-                reward=none_for_nan(batch.reward[n]),
-                parts={label: none_for_nan(batch.parts[n, i]) for i, label in enumerate(labels)},
-                advantage=float(batch.adv[n]),
-                finish_reason="stop" if batch.out.stopped[n] else "length",
-                logprobs=[round(logp, 5) for logp in batch.out.logprobs[n]],
-                entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
-            )
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    for n, ids in enumerate(batch.out.ids):
+        entropy = batch.entropies.get(n)
+        yield dict(
+            step=step.number,
+            prompt=batch.rows[n // G]["prompt"],
+            completion=batch.texts[n],
+            ids=ids,
+            reward=none_for_nan(batch.reward[n]),
+            parts={label: none_for_nan(batch.parts[n, i]) for i, label in enumerate(labels)},
+            advantage=float(batch.adv[n]),
+            finish_reason="stop" if batch.out.stopped[n] else "length",
+            logprobs=[round(logp, 5) for logp in batch.out.logprobs[n]],
+            entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
+        )
 
 
 def none_for_nan(x):
@@ -146,8 +154,11 @@ class Log:
         self.path = run.out / "metrics.jsonl"
         if run.resumed:
             checkpoint.truncate_metrics(self.path, run.state["step"])
-        self.file = open(self.path, "a" if run.resumed else "w")
-        self.identity = run.id if self.file.tell() == 0 else None  # goes into the first row
+        else:
+            self.path.write_bytes(b"")
+        self.size = self.path.stat().st_size  # bytes of the rows that are in the file
+        self.waiting = b""  # rows that a full disk did not take
+        self.identity = run.id if self.size == 0 else None  # goes into the first row
         self.wandb = None
         if cfg.wandb:
             import wandb
@@ -172,9 +183,8 @@ class Log:
         if not self.active:
             return
         row = self.row(step) or dict(step=step)
-        self.file.close()
         checkpoint.truncate_metrics(self.path, step - 1)
-        self.file = open(self.path, "a")
+        self.size = self.path.stat().st_size
         self.write(row | metrics)
 
     def write(self, metrics: dict):
@@ -187,10 +197,33 @@ class Log:
         for key, value in metrics.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             row[key] = value if finite else None
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.waiting += (json.dumps(row) + "\n").encode()
+        try:
+            self.flush()
+        except OSError as error:
+            say(f"{error.strerror}; its rows are kept and written later")
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
+
+    def flush(self):
+        """Writes the rows that wait. OSError where the disk does not take them; they wait on, none is torn.
+
+        A checkpoint may only be saved after this: a run that goes on from it does not write these rows again.
+        """
+        if not self.active or not self.waiting:
+            return
+        try:
+            with open(self.path, "r+b", buffering=0) as file:
+                file.truncate(self.size)  # what an earlier try left of a row
+                file.seek(self.size)
+                written = file.write(self.waiting)
+                if written < len(self.waiting):  # the disk is full, and the next write says so
+                    file.write(self.waiting[written:])
+        except OSError as error:
+            sentence = f"{self.path} could not be written ({error.strerror})"
+            raise OSError(error.errno, sentence) from error
+        self.size += len(self.waiting)
+        self.waiting = b""
 
 
 def versions() -> dict:

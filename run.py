@@ -75,6 +75,9 @@ class Run:
         )
         if moments is not None:
             self.optimizer.load_state(moments)
+        with ranks.together():  # before the first step, and not hours later at the first save
+            if ranks.rank() == 0 and not cfg.force:
+                self.refuse_small_disk()
 
     def find_checkpoint(self):
         """(identity, folder, optimiser state, keys that have changed) of the run to go on with.
@@ -87,7 +90,7 @@ class Run:
         changed = rundir.check_resumable(before.get("config", {}), self.keys, self.out)
         found = checkpoint.newest(self.out, before.get("run"))
         if found is None:
-            if checkpoint.has_any(self.out):
+            if checkpoint.count(self.out):
                 raise ValueError(
                     f"no checkpoint in {self.out / 'ckpt'} is whole and of this run, so there is nothing to "
                     "resume: to begin anew, leave out --resume, and what is there is moved aside"
@@ -161,13 +164,22 @@ class Run:
             dtype=self.dtype,
             device=self.device,
         )
+        if not cfg.force and not cfg.lora_rank:
+            self.refuse_small_disk()  # before the warm-up, which may take minutes
         if cfg.sft_steps:
             options = configs.warm_up_options(cfg)
             warmup.warm_up(
                 self.model, self.tokenizer, self.task, stop_id=self.stop_ids[0], say=ranks.say, **options
             )
         if ranks.rank() == 0:
-            save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
+            try:
+                with checkpoint.os_errors():
+                    save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
+            except OSError as error:
+                raise ValueError(
+                    f"the model that training starts from could not be written to {folder} "
+                    f"({error.strerror}): free some room, or choose another disk, --out_dir=PATH"
+                ) from error
 
     def load_adapter(self):
         """Puts LoRA on the model: a fresh adapter, the one that training starts
@@ -241,6 +253,16 @@ class Run:
             for r, p in zip(self.reference.parameters(), self.model.parameters()):
                 r.lerp_(p, self.cfg.ref_mix)
 
+    def refuse_small_disk(self):
+        """Raises ValueError where the disk has no room for the checkpoints that the run will make."""
+        cfg, done = self.cfg, self.state["step"]
+        if done >= cfg.steps:
+            return
+        every = cfg.save_every or cfg.steps
+        saves = -(-cfg.steps // every) - done // every  # the last step is saved in any case
+        each = bytes_to_save(self.model, reference_too=cfg.ref_sync_every > 0)
+        checkpoint.refuse_small_disk(self.out, bytes_each=each, saves=saves, keep=cfg.keep)
+
     def save(self) -> Path:
         """Writes ckpt/step_NNNNNN, whole or not at all."""
         state = {key: value for key, value in self.state.items() if key != "step"}
@@ -255,6 +277,16 @@ class Run:
         save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base=self.base)
         if self.cfg.ref_sync_every:  # a reference that moves is state, too
             save_policy(self.reference, self.tokenizer, self.stop_ids, str(folder / "reference"), base="")
+
+
+def bytes_to_save(model, reference_too: bool) -> int:
+    """About what a checkpoint takes: weights or adapter, a moving reference, the optimiser's state."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    written = trained if lora.layers(model) else list(model.parameters())
+    weights = sum(p.nbytes for p in written)
+    # Two moments of 32 bits for each number that is trained, and its master weight where it has 16.
+    optimizer = sum(p.numel() * (8 if p.element_size() == 4 else 12) for p in trained)
+    return weights * (2 if reference_too else 1) + optimizer
 
 
 def merges_adapters(cfg, model) -> bool:

@@ -552,7 +552,7 @@ def main(cfg) -> int:
         for number in range(first, cfg.steps + 1):
             # Between two steps everything is whole, so this is where a run can be left.
             if interrupt.on_any_rank():
-                return stop(run, "interrupted")
+                return stop(run, log, "interrupted")
             metrics = train_step(run, number)
             seconds = (time.perf_counter() - started) / (number - first + 1)
             say(line(run, metrics, seconds * (cfg.steps - number)))
@@ -565,12 +565,12 @@ def main(cfg) -> int:
             # the step again, and its row replaces this one.
             log.write(metrics)
             if due(number, cfg.save_every, cfg.steps) or number == cfg.steps:
-                save_or_say(run)
+                save_or_say(run, log)
     # Every rank comes here with the same error (ranks.together), and the last whole step is saved.
     except (Stop, rewarding.RewardError, FloatingPointError, ValueError, ranks.RankLost, OSError) as e:
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
             raise  # a config that cannot run at all: there is nothing to save
-        return stop(run, str(e))
+        return stop(run, log, reason_of(e) if isinstance(e, OSError) else str(e))
     finish(run, before, after)
     return 0
 
@@ -579,28 +579,31 @@ def due(number: int, every: int, last: int) -> bool:
     return every > 0 and (number % every == 0 or number == last)
 
 
-def save_or_say(run):
+def save_or_say(run, log):
     """Saves on rank 0. Where the disk does not let it: says so, and goes on to the next save or stops."""
     with ranks.together():
         if rank() != 0:
             return
         try:
+            log.flush()  # a run that is resumed here does not write the rows up to here again
             run.save()
         except OSError as e:
             # The weights are in memory and the run is as well as before: hours of it need not end because a
             # disk is full for a while.
             number, place = run.state["step"], run.out / "ckpt"
             sentence = f"step {number} could not be saved in {place}: {reason_of(e)}; {safe(run)}"
-            if run.cfg.save_failure == "stop":
+            # After the last step there is no next save.
+            if run.cfg.save_failure == "stop" or number == run.cfg.steps:
                 raise Stop(sentence) from e
             say(f"{sentence}; going on to the next save")
 
 
-def stop(run, reason: str) -> int:
+def stop(run, log, reason: str) -> int:
     """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status."""
     saved = "nothing saved, since this step is half learnt: the last checkpoint stands"
     if run.whole:
         try:
+            log.flush()
             saved = f"saved {run.save() if rank() == 0 else ''}"
         except OSError as e:
             saved = f"not saved ({reason_of(e)}); {safe(run)}"
@@ -623,7 +626,7 @@ def safe(run) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(main(configs.load(sys.argv[1:])))
-    except (ValueError, rewarding.RewardError, ranks.RankLost) as e:
+    except (ValueError, rewarding.RewardError, ranks.RankLost, OSError) as e:
         ranks.leave(f"train.py: {e}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped at once; the last checkpoint stands, go on from it with --resume=True")

@@ -1,15 +1,18 @@
 """rundir.py: a folder holds one run. Each test tells what once went wrong."""
 
 import json
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import checkpoint
 import lora
+import run as train_run
 import rundir
 import train
-from conftest import rows, same, settings, weights
+from conftest import even, rows, same, settings, untimed, weights
 from policy import load_policy
 
 
@@ -160,3 +163,126 @@ def test_a_disk_that_is_full_is_said_and_leaves_no_half_save(tmp_path, monkeypat
     told = capsys.readouterr().out
     assert "step 2 could not be saved" in told and "No space left on device" in told
     assert not list((tmp_path / "run/ckpt").glob(".tmp*"))
+
+
+@contextmanager
+def largest_file(size):
+    """The system refuses to write a file beyond this many bytes: errors of real writes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_safetensors_meets_on_a_full_disk_is_an_oserror(tmp_path):
+    """It has an error type of its own: a full disk ended the run in a traceback, with nothing said."""
+    cfg = settings(tmp_path, steps=1, save_every=0)
+    train.main(cfg)
+    run = train.Run(again(cfg, out_dir=str(tmp_path / "second")))
+    with largest_file(40_000), pytest.raises(OSError, match="File too large"):
+        run.save()
+    assert not list((tmp_path / "second" / "ckpt").iterdir())
+
+
+def test_a_start_that_does_not_fit_is_one_sentence(tmp_path):
+    with (
+        largest_file(40_000),
+        pytest.raises(ValueError, match="the model that training starts from could not"),
+    ):
+        train.main(settings(tmp_path, scratch=settings(tmp_path).scratch))
+
+
+def test_metrics_that_a_full_disk_did_not_take_are_written_later_and_none_is_torn(tmp_path, capsys):
+    """A row that failed was lost, half of it stayed in the file, and the save that followed hid it."""
+    cfg = settings(tmp_path, steps=4, save_every=1, rollouts_every=1)
+    train.main(again(cfg, out_dir=str(tmp_path / "whole")))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    calls, limits = [], []
+
+    def fills_up(completions, **_):
+        """From the second step's reward on a file may be 10 bytes longer than metrics.jsonl is; at the
+        fourth's there is room again.
+        """
+        calls.append(1)
+        if len(calls) == 2:
+            limits.append(resource.getrlimit(resource.RLIMIT_FSIZE))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size + 10, limits[0][1]))
+        if len(calls) == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits[0])
+        return even(completions)
+
+    fills_up.__name__ = "even"
+    capsys.readouterr()
+    try:
+        assert train.main(again(cfg, rewards=[(fills_up, 1.0)])) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits[0])
+    told = capsys.readouterr().out
+    assert "metrics.jsonl could not be written (File too large); its rows are kept and written later" in told
+    assert "rollouts/step_000002.jsonl could not be written" in told and "going on without it" in told
+    assert "step 2 could not be saved" in told and "step_000001 is safe; going on to the next save" in told
+    assert steps_of(cfg.out_dir) == ["step_000001", "step_000004"]
+    wanted = rows(tmp_path / "whole" / "metrics.jsonl")
+    assert list(map(untimed, rows(metrics))) == list(map(untimed, wanted))
+
+
+def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch, capsys):
+    """The run ended with status 0 and named a checkpoint that was not there."""
+    cfg = settings(tmp_path, steps=2)
+
+    def out_of_space(*arguments):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(checkpoint, "save_file", out_of_space)
+    assert train.main(cfg) == 1
+    told = capsys.readouterr().out
+    assert "step 2 could not be saved" in told and "Disk quota exceeded" in told and "--resume=True" in told
+    monkeypatch.undo()
+    assert train.main(again(cfg, resume=True)) == 0
+
+
+@pytest.mark.parametrize(
+    "keys", [dict(), dict(lora_rank=4), dict(dtype="bfloat16"), dict(beta=0.1, ref_sync_every=2)]
+)
+def test_the_room_that_a_save_needs_is_estimated(tmp_path, keys):
+    run = train.Run(settings(tmp_path, **keys))
+    guess = train_run.bytes_to_save(run.model, reference_too="ref_sync_every" in keys)
+    run.optimizer.step(0.0)
+    found = sum(path.stat().st_size for path in run.save().rglob("*.safetensors"))
+    assert guess == pytest.approx(found, rel=0.2)
+
+
+def test_a_disk_too_small_for_the_saves_is_said_before_the_first_step(tmp_path, monkeypatch):
+    """It was found hours later, at the first save."""
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+
+    def reward(completions, **_):
+        raise AssertionError("a step was made")
+
+    cfg = settings(tmp_path, rewards=[(reward, 1.0)], steps=10, save_every=1, keep=3, lora_rank=2)
+    sentence = r"has 0.001 GB free, and this run's checkpoints need about .* GB \(4 of .*--force=True"
+    big = dict(cfg.scratch, intermediate_size=2000)
+    with pytest.raises(ValueError, match=sentence):
+        train.main(again(cfg, scratch=big, lora_rank=0))
+    rewards = [(even, 1.0)]
+    assert train.main(again(cfg, scratch=big, lora_rank=0, rewards=rewards, steps=2, force=True)) == 0
+    # An adapter is small.
+    assert train.main(again(cfg, rewards=rewards, steps=2, out_dir=str(tmp_path / "adapter"))) == 0
+
+
+def test_the_room_is_that_of_the_checkpoints_that_stand_at_once(tmp_path, monkeypatch):
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=0))
+
+    def most(saves, keep):
+        with pytest.raises(ValueError) as error:
+            checkpoint.refuse_small_disk(tmp_path, bytes_each=10**9, saves=saves, keep=keep)
+        return int(str(error.value).split("(")[1].split(" of ")[0])
+
+    assert [most(10, 2), most(10, 0), most(1, 2), most(2, 1)] == [3, 10, 1, 2]
+    (tmp_path / "ckpt" / "step_000001").mkdir(parents=True)
+    (tmp_path / "ckpt" / "step_000002").mkdir()
+    assert [most(10, 2), most(10, 1), most(10, 4)] == [1, 1, 3]
