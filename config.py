@@ -342,10 +342,17 @@ def refuse_shares(c: Config):
 
 
 def refuse_batch(c: Config):
-    if c.group_size == 1 and c.advantage != "none" and not callable(c.advantage):
+    if c.group_size == 1 and not callable(c.advantage):
+        # advantage = "none" only leaves out the division: its baseline is the group's mean, too.
         raise ValueError(
-            "group_size = 1 has no group to compare with, so every advantage would be 0: "
-            "use 2 or more, or advantage=none"
+            "group_size = 1 has no group to compare with: a lone completion is its own mean, so every "
+            "advantage would be 0. What can learn is a group of 2 or more, or an advantage of your own whose "
+            "baseline comes from elsewhere, as a moving average of the prompt's rewards (docs/plugins.md)"
+        )
+    if c.group_size == 1 and c.resample_zero_groups:
+        raise ValueError(
+            "resample_zero_groups replaces groups whose rewards are all equal, and with group_size = 1 "
+            "that is every group: leave it out"
         )
     if c.prompts_per_step % c.minibatches:
         raise ValueError(

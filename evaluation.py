@@ -151,10 +151,11 @@ def first_batch(reward, stopped, texts, rows, ids, finds, *, temperature, max_ne
     return "\n".join(lines)
 
 
-def refuse_hopeless(reward, stopped, max_new_tokens: int):
+def refuse_hopeless(reward, stopped, max_new_tokens: int, own_baseline: bool = False):
     """ValueError, with the knob to turn, where nothing can be learnt from a batch.
 
-    reward (B, G), NaN for None; stopped: B * G bools.
+    reward (B, G), NaN for None; stopped: B * G bools. own_baseline: the advantage compares with something
+    else than the group, so that equal rewards may teach.
     """
     (B, G), known = reward.shape, reward[~reward.isnan()].tolist()
     go_on = "or go on with --force=True"
@@ -168,7 +169,7 @@ def refuse_hopeless(reward, stopped, max_new_tokens: int):
             "the rewards could not score one completion of the first batch (all None): "
             f"look at the rows' columns with python eval.py, {go_on}"
         )
-    if len(flat_groups(reward)) < B:
+    if own_baseline or len(flat_groups(reward)) < B:
         return
     cut = 1 - sum(stopped) / len(stopped)
     if max(known) == min(known) > 0:

@@ -110,7 +110,8 @@ def train_step(run, number: int) -> dict:
     step.drawn = step.scores = gather_scores(batch)
     if number == 1 and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
-        refuse_hopeless(step.drawn.rewards, step.drawn.stopped, cfg.max_new_tokens)
+        own = callable(cfg.advantage)
+        refuse_hopeless(step.drawn.rewards, step.drawn.stopped, cfg.max_new_tokens, own_baseline=own)
     if cfg.resample_zero_groups:
         resample(run, step, batch)
         step.scores = gather_scores(batch)

@@ -48,7 +48,9 @@ def test_file_is_run_in_a_namespace_of_its_own(tmp_path):
         ("", ["--steps"], "write --steps=VALUE"),
         ("", ["more.py"], "one config file too many"),
         ("objective = 'ppo'\n", [], "'clip'"),
-        ("group_size = 1\n", [], "group_size = 1"),
+        ("group_size = 1\n", [], "an advantage of your own"),
+        # The sentence used to send people here, where every advantage is 0, too.
+        ("group_size, advantage = 1, 'none'\n", [], "an advantage of your own"),
         ("group_size = 0\n", [], "too small"),
         ("temperature = 0\n", [], "nothing could be learnt"),
         ("preset = 'ppo'\n", [], "'dr_grpo'"),
@@ -67,7 +69,9 @@ def test_mistakes_stop_with_what_to_type_instead(tmp_path, text, flags, words):
 
 
 def test_group_of_one_is_allowed_where_it_makes_sense(tmp_path):
-    assert configs.load([write(tmp_path, "group_size, advantage = 1, 'none'\n")]).group_size == 1
+    """advantage = "none" was thought to learn from it; an advantage of one's own does."""
+    text = "def advantage(rewards, prompts, state):\n    return rewards - 0.5, state\ngroup_size = 1\n"
+    assert configs.load([write(tmp_path, text)]).group_size == 1
 
 
 def test_a_missing_file_is_named():
