@@ -103,8 +103,8 @@ def our_metrics(folder, prompts, completions) -> dict:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_metrics_are_trls_of_the_same_completions_and_rewards(tmp_path):
-    """reward_std was the mean of the groups' stds, rewards/NAME/std divided by n, and entropy was of the tokens
-    that were trained on.
+    """reward_std was the mean of the groups' stds, rewards/NAME/std divided by n, and entropy was over the
+    tokens that were trained on.
     """
     prompts, completions, theirs = trl_step(tmp_path)
     ours = our_metrics(tmp_path, prompts, completions)
