@@ -147,11 +147,12 @@ class Log:
     def __init__(self, run):
         cfg = run.cfg
         self.active = rank() == 0
+        self.path = run.out / "metrics.jsonl"
+        self.last = None  # a row that is not written yet; on the other ranks the last one
         if not self.active:
             return
         about = dict(run=run.id, config=run.keys, **versions())
         (run.out / "config.json").write_text(json.dumps(about, indent=2, default=str))
-        self.path = run.out / "metrics.jsonl"
         if run.resumed:
             checkpoint.truncate_metrics(self.path, run.state["step"])
         else:
@@ -188,30 +189,23 @@ class Log:
         self.write(row | metrics)
 
     def write(self, metrics: dict):
-        """One row. What is not finite becomes null: JSON has no NaN."""
-        if not self.active:
-            return
-        row = {}
-        if self.identity:
-            row["run"], self.identity = self.identity, None
-        for key, value in metrics.items():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            row[key] = value if finite else None
-        self.waiting += (json.dumps(row) + "\n").encode()
+        """One row, on the disk or among those that wait for room there."""
+        self.last = metrics
         try:
             self.flush()
         except OSError as error:
             say(f"{error.strerror}; its rows are kept and written later")
-        if self.wandb:
-            self.wandb.log(metrics, step=metrics["step"])
 
     def flush(self):
-        """Writes the rows that wait. OSError where the disk does not take them; they wait on, none is torn.
+        """Writes what is not written yet. OSError where the disk does not take it; no row is torn.
 
         A checkpoint may only be saved after this: a run that goes on from it does not write these rows again.
         """
-        if not self.active or not self.waiting:
+        if not self.active:
             return
+        if self.last is not None:
+            self.waiting += self.encoded(self.last)
+            self.last = None
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 file.truncate(self.size)  # what an earlier try left of a row
@@ -224,6 +218,28 @@ class Log:
             raise OSError(error.errno, sentence) from error
         self.size += len(self.waiting)
         self.waiting = b""
+
+    def encoded(self, metrics: dict) -> bytes:
+        """A row's line. What is not finite becomes null: JSON has no NaN."""
+        row = {}
+        if self.identity:
+            row["run"], self.identity = self.identity, None
+        for key, value in metrics.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            row[key] = value if finite else None
+        if self.wandb:
+            self.wandb.log(metrics, step=metrics["step"])
+        return (json.dumps(row) + "\n").encode()
+
+    def take_over(self):
+        """For a rank that ends the run because rank 0 has died, perhaps before it wrote its last row."""
+        if self.last is None:
+            return
+        checkpoint.truncate_metrics(self.path, self.last["step"])  # half a row goes
+        self.active, self.identity, self.waiting, self.wandb = True, None, b"", None
+        self.size = self.path.stat().st_size
+        if self.row(self.last["step"]) is not None:
+            self.last = None
 
 
 def versions() -> dict:

@@ -10,6 +10,7 @@ each of them from what the start left on the disk, not from what training has ma
 import contextlib
 import copy
 import dataclasses
+import time
 from functools import partial
 from pathlib import Path
 
@@ -116,6 +117,8 @@ class Run:
                     self.id = self.id or rundir.new_identity()
                 else:
                     self.id, moved = rundir.claim(self.out)
+        if ranks.world() > 1 and ranks.rank() == 0:
+            self.lock = rundir.hold(self.out)
         self.id = ranks.gather(self.id)[0]
         if moved:
             ranks.say(f"{self.out} held an earlier run, which is now {moved}")
@@ -252,6 +255,19 @@ class Run:
         if self.cfg.ref_sync_every and step % self.cfg.ref_sync_every == 0:
             for r, p in zip(self.reference.parameters(), self.model.parameters()):
                 r.lerp_(p, self.cfg.ref_mix)
+
+    def rank_0_is_gone(self) -> bool:
+        """Whether rank 0 has died, and we are the first to ask. Not known without a shared folder."""
+        end = time.monotonic() + 2
+        while time.monotonic() < end:  # its sockets may be closed a moment before its files are
+            if not (self.out / ".lock").exists():
+                return False
+            self.lock = rundir.hold(self.out)
+            if self.lock:
+                saved = self.out / "ckpt" / f"step_{self.state['step']:06d}"
+                return not saved.exists()  # else rank 0 lived, saved, and has left
+            time.sleep(0.05)
+        return False
 
     def refuse_small_disk(self):
         """Raises ValueError where the disk has no room for the checkpoints that the run will make."""

@@ -122,6 +122,7 @@ def train_step(run, number: int) -> dict:
     batch.adv = A.chunk(world())[rank()].reshape(-1)  # (n,)
     metrics = learn(run, step, batch)
 
+    useful = share_of_useful_tokens(batch)  # of all ranks
     # The step is complete. From here on it counts: this is the one place where the run's state changes.
     counts = gather((step.tokens_drawn, step.tokens_read, step.ids_sum))
     drawn, read, ids_sum = [sum(of_ranks) for of_ranks in zip(*counts)]
@@ -130,14 +131,15 @@ def train_step(run, number: int) -> dict:
     run.sync_reference(number)
     run.whole = True
 
-    # All below is for people: it changes nothing that is learnt.
+    # All below is for people: it changes nothing that is learnt. Nothing below may need another rank: where
+    # one is gone, this step would be saved and its row would not be written.
     epoch = run.task.epoch(number, cfg.prompts_per_step)
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
     metrics["fingerprint"] = fingerprint.as_text(ids_sum, fingerprint.of_weights(run.optimizer.fp32))
     metrics |= reward_metrics(step.drawn, step.rewards)
     metrics |= completion_metrics(step.drawn)
     metrics |= step.timer.metrics(drawn)
-    metrics["frac_tokens_with_advantage"] = share_of_useful_tokens(batch)
+    metrics["frac_tokens_with_advantage"] = useful
     metrics["memory/peak_gb"] = peak_gb(run.device)
     if callable(cfg.temperature):
         metrics["temperature"] = step.sampling["temperature"]
@@ -555,6 +557,7 @@ def main(cfg) -> int:
             if interrupt.on_any_rank():
                 return stop(run, log, "interrupted")
             metrics = train_step(run, number)
+            log.last = metrics  # so that it is written if the evaluation fails
             seconds = (time.perf_counter() - started) / (number - first + 1)
             say(line(run, metrics, seconds * (cfg.steps - number)))
             if due(number, cfg.eval_every, cfg.steps):
@@ -571,7 +574,8 @@ def main(cfg) -> int:
     except (Stop, rewarding.RewardError, FloatingPointError, ValueError, ranks.RankLost, OSError) as e:
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
             raise  # a config that cannot run at all: there is nothing to save
-        return stop(run, log, reason_of(e) if isinstance(e, OSError) else str(e))
+        reason = reason_of(e) if isinstance(e, OSError) else str(e)
+        return stop(run, log, reason, lost=isinstance(e, ranks.RankLost))
     finish(run, before, after)
     return 0
 
@@ -599,18 +603,26 @@ def save_or_say(run, log):
             say(f"{sentence}; going on to the next save")
 
 
-def stop(run, log, reason: str) -> int:
-    """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status."""
+def stop(run, log, reason: str, lost: bool = False) -> int:
+    """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status.
+
+    lost: another rank has died, perhaps rank 0, who does this else.
+    """
+    first = rank() == 0
+    if lost and not first and run.rank_0_is_gone():
+        log.take_over()
+        first = True
     saved = "nothing saved, since this step is half learnt: the last checkpoint stands"
-    if run.whole:
+    if run.whole and first:
         try:
             log.flush()
-            saved = f"saved {run.save() if rank() == 0 else ''}"
+            saved = f"saved {run.save()}"
         except OSError as e:
             saved = f"not saved ({reason_of(e)}); {safe(run)}"
-    flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
-    say(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True")
-    ranks.tell_launcher(f"{reason}; {saved}" if rank() == 0 else reason)
+    if first:
+        flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
+        print(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True", flush=True)
+    ranks.tell_launcher(f"{reason}; {saved}" if first else reason)
     return 1
 
 

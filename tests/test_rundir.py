@@ -286,3 +286,24 @@ def test_the_room_is_that_of_the_checkpoints_that_stand_at_once(tmp_path, monkey
     (tmp_path / "ckpt" / "step_000001").mkdir(parents=True)
     (tmp_path / "ckpt" / "step_000002").mkdir()
     assert [most(10, 2), most(10, 1), most(10, 4)] == [1, 1, 3]
+
+
+def test_a_step_whose_evaluation_fails_keeps_its_row(tmp_path):
+    """The step was saved and its row not yet written, so a resumed run went on after it without one."""
+    cfg = settings(tmp_path, steps=4, save_every=0, eval_every=2, eval_problems=3)
+    train.main(again(cfg, out_dir=str(tmp_path / "whole")))
+    calls = []
+
+    def fails_once(completions, **_):
+        calls.append(len(completions))
+        if len(calls) == 4:  # the evaluation before training, two steps, and the evaluation after the second
+            assert calls[-1] == 3
+            raise OSError("no such service")
+        return even(completions)
+
+    fails_once.__name__ = "even"
+    assert train.main(again(cfg, rewards=[(fails_once, 1.0)])) == 1
+    assert steps_of(cfg.out_dir) == ["step_000002"]
+    assert train.main(again(cfg, resume=True)) == 0
+    found = [rows(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
+    assert [untimed(row) for row in found[0]] == [untimed(row) for row in found[1]]
