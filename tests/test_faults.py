@@ -353,7 +353,7 @@ def small_disk(tmp_path_factory):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_fault(number, server, unhurt, small_disk, tmp_path):
+def test_fault(number, server, unhurt, small_disk, tmp_path, record_property):
     rng = random.Random(number)
     variant, name = rng.choice(list(VARIANTS)), rng.choice(list(FAULTS))
     folder = tmp_path
@@ -373,6 +373,7 @@ def test_fault(number, server, unhurt, small_disk, tmp_path):
         codes = FAULTS[strike](victim, resume)
         if strike in ENDS:
             assert 0 not in codes, f"{told} did not end it\n{victim.log.read_text()}"
+        record_property(strike, f"{variant}: exit {codes}")  # in --junitxml=FILE
         resume = True
     codes = server.run(**victim.job(resume))
     text = victim.log.read_text()

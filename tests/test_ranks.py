@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, even, rows, same, settings, untimed, weights
+from conftest import ROOT, even, rows, settings, weights
 from test_promises import free_port
 from test_train import by_prompt
 
@@ -56,8 +56,7 @@ CASES = {
     "resampling": case(resample_zero_groups=True, resample_budget=6, rewards=[(by_prompt, 1.0)]),
     "dropout": case(lora_rank=4, lora_alpha=8.0, lora_dropout=0.2, beta=0.1),
     "a failing reward": case(rewards=[(fails_on_rank_1, 1.0)], save_every=0),
-    "many steps": case(steps=12, save_every=0, rewards=[(slowly, 1.0)]),
-    "resumed": case(steps=12, save_every=0, rewards=[(slowly, 1.0)], resume=True),
+    "many steps": case(steps=200, save_every=0, rewards=[(slowly, 1.0)]),
 }
 
 
@@ -118,16 +117,9 @@ def test_after_the_death_of_a_process_another_says_so_and_saves(tmp_path, victim
     told = (tmp_path / "told").read_text()
     assert told.count("\na process of this run has died") == 1, told
     assert told.count("; go on with: python train.py") == 1, told
+    # That a run resumed from it ends with the same bits is among the faults of test_faults.py.
     (saved,) = Path(tmp_path / "two/run/ckpt").iterdir()
     assert int(saved.name[-6:]) >= 2
-    # From it a run on two processes ends with the bits of one that nothing happened to.
-    for name, folder in (("resumed", "two"), ("many steps", "whole")):
-        out = on_several(tmp_path, name, folder=folder)
-        assert out.returncode == 0, out.stdout + out.stderr
-    ends = [tmp_path / folder / "run" / "ckpt" / "step_000012" for folder in ("two", "whole")]
-    assert same(*map(weights, ends))
-    ours, theirs = [[untimed(row) for row in rows(end.parent.parent / "metrics.jsonl")] for end in ends]
-    assert ours == theirs
 
 
 def test_a_reward_that_fails_on_rank_1_is_said_once_and_the_last_step_is_saved(tmp_path):
