@@ -110,6 +110,13 @@ def count(out_dir: str | Path) -> int:
     return len(_candidates(Path(out_dir) / "ckpt"))
 
 
+def sweep(out_dir: str | Path) -> None:
+    """Ends what a killed save left behind, where no save will follow that does. For one process."""
+    ckpt = Path(out_dir) / "ckpt"
+    if ckpt.is_dir():
+        _sweep(ckpt)
+
+
 def rewrite_manifest(folder: Path) -> None:
     """Writes a checkpoint's state.json anew, after one of its files was changed on purpose."""
     stored = json.loads((folder / "state.json").read_text())

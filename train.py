@@ -550,6 +550,8 @@ def main(cfg) -> int:
         after = evaluate_missing(run, log, interrupt)
         before = after if first == 1 else None
         if first > cfg.steps:
+            if rank() == 0:
+                checkpoint.sweep(run.out)  # the last save was perhaps killed while it deleted an older one
             say(f"already done: step {first - 1} of steps={cfg.steps}; a larger --steps goes on")
         say(line(run))
         for number in range(first, cfg.steps + 1):

@@ -307,3 +307,13 @@ def test_a_step_whose_evaluation_fails_keeps_its_row(tmp_path):
     assert train.main(again(cfg, resume=True)) == 0
     found = [rows(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
     assert [untimed(row) for row in found[0]] == [untimed(row) for row in found[1]]
+
+
+def test_what_a_kill_in_the_last_save_left_goes_when_the_run_is_resumed(tmp_path):
+    """A run that is done saves no more, and only saves swept: an old checkpoint's bytes stayed for good."""
+    cfg = settings(tmp_path, steps=2)
+    train.main(cfg)
+    (tmp_path / "run/ckpt/.tmp-step_000001").mkdir()
+    (tmp_path / "run/ckpt/step_000002").rename(tmp_path / "run/ckpt/.old-step_000002")
+    assert train.main(again(cfg, resume=True)) == 0
+    assert steps_of(cfg.out_dir) == ["step_000002"]
