@@ -10,6 +10,7 @@ Ids that part first were drawn otherwise (another seed, other prompts, another s
 first were learnt otherwise (another rate, reward or number of processes), and the ids follow later.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -81,9 +82,12 @@ def main(first: str, second: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("first", help="folder of a run")
+    parser.add_argument("second", help="folder of another")
+    words = parser.parse_args()
     try:
-        sys.exit(main(*sys.argv[1:]))
+        sys.exit(main(words.first, words.second))
     except ValueError as error:
         sys.exit(f"same.py: {error}")
