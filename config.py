@@ -434,6 +434,11 @@ def refuse_batch(c: Config):
             "group_size = 1 has no group to compare with, so every advantage would be 0: use 2 or more, "
             "or an advantage of your own with another baseline (docs/plugins.md has a moving average)"
         )
+    if c.group_size == 1 and c.resample_zero_groups:
+        raise ValueError(
+            "resample_zero_groups replaces groups whose rewards are all equal, and with group_size = 1 "
+            "that is every group: leave it out"
+        )
     if c.prompts_per_step % c.minibatches:
         raise ValueError(
             f"prompts_per_step = {c.prompts_per_step} does not divide into "

@@ -25,7 +25,7 @@ import data
 import rewards as rewarding
 import rollout
 from evaluation import summary
-from ranks import gather, rank, say, world
+from ranks import rank, say, world
 
 
 # --------------------------------------------------------------------------------------------- metrics
@@ -58,21 +58,24 @@ def reward_metrics(scores, rewards) -> dict:
     return m
 
 
-def logged_metrics(logged: list, taken) -> dict:
-    """Means over the step and all ranks of what rewards logged with log_metric; every rank calls this.
-
-    logged: this rank's rewards.Logged. A name that is one of the run's own metrics (`taken`) gets "logged/"
-    in front.
-    """
-    mine = {}
+def logged_sums(logged: list) -> dict:
+    """{name: (sum, count)} of what rewards logged with log_metric on this rank. logged: rewards.Logged."""
+    sums = {}
     for some in logged:
         for name, values in some.metrics.items():
-            total, count = mine.get(name, (0.0, 0))
-            mine[name] = (total + sum(values), count + len(values))
-    everyone = gather(mine)
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = (total + sum(values), count + len(values))
+    return sums
+
+
+def logged_metrics(of_ranks: list, taken) -> dict:
+    """Means over the step and all ranks, from the logged_sums of each.
+
+    A name that is one of the run's own metrics (`taken`) gets "logged/" in front.
+    """
     m = {}
-    for name in sorted({name for of_rank in everyone for name in of_rank}):
-        pairs = [of_rank[name] for of_rank in everyone if name in of_rank]
+    for name in sorted({name for sums in of_ranks for name in sums}):
+        pairs = [sums[name] for sums in of_ranks if name in sums]
         label = f"logged/{name}" if name in taken else name
         m[label] = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
     return m
@@ -132,35 +135,36 @@ def write_rollouts(run, step, batch):
     """
     if rank() != 0:
         return
-    folder = run.out / "rollouts"
-    folder.mkdir(exist_ok=True)
+    write_for_people(run.out / "rollouts" / f"step_{step.number:06d}.jsonl", rollout_rows(run, step, batch))
+
+
+def rollout_rows(run, step, batch):
+    """What a person may want to know of each completion of this rank, prompts in order."""
     labels = [label for label, _, _ in run.rewards]
     G = batch.group_size
     pieces = token_texts(run.tokenizer, batch.out.ids)
-    with open(folder / f"step_{step.number:06d}.jsonl", "w") as f:
-        for n, ids in enumerate(batch.out.ids):
-            drawn = batch.out.logprobs[n]
-            entropy, logp = batch.entropies.get(n), batch.logps.get(n)
-            difference = None  # of a row that was not computed: it had no advantage
-            if logp is not None:
-                difference = [round(x - y, 6) + 0.0 for x, y in zip(logp.tolist(), drawn)]
-            row = dict(
-                step=step.number,
-                group=step.numbers[n // G],
-                prompt=batch.rows[n // G]["prompt"],
-                completion=batch.texts[n],
-                ids=ids,
-                tokens=[pieces[i] for i in ids],
-                reward=none_for_nan(batch.reward[n]),
-                parts={label: none_for_nan(batch.parts[n, i]) for i, label in enumerate(labels)},
-                advantage=float(batch.adv[n]),
-                **logged_columns(batch, n),
-                finish_reason="stop" if batch.out.stopped[n] else "length",
-                logprobs=[round(logp, 5) for logp in drawn],
-                entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
-                difference=difference,
-            )
-            f.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+    for n, ids in enumerate(batch.out.ids):
+        drawn = batch.out.logprobs[n]
+        entropy, logp = batch.entropies.get(n), batch.logps.get(n)
+        difference = None  # of a row that was not computed: it had no advantage
+        if logp is not None:
+            difference = [round(x - y, 6) + 0.0 for x, y in zip(logp.tolist(), drawn)]
+        yield dict(
+            step=step.number,
+            group=step.numbers[n // G],
+            prompt=batch.rows[n // G]["prompt"],
+            completion=batch.texts[n],
+            ids=ids,
+            tokens=[pieces[i] for i in ids],
+            reward=none_for_nan(batch.reward[n]),
+            parts={label: none_for_nan(batch.parts[n, i]) for i, label in enumerate(labels)},
+            advantage=float(batch.adv[n]),
+            **logged_columns(batch, n),
+            finish_reason="stop" if batch.out.stopped[n] else "length",
+            logprobs=[round(logp, 5) for logp in drawn],
+            entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
+            difference=difference,
+        )
 
 
 def token_texts(tokenizer, ids) -> dict:
@@ -179,12 +183,22 @@ def write_answers(run, rows, texts, right):
     """rollouts/eval_000025.jsonl: one object a held-out problem, with its first answer after that step."""
     if not run.cfg.rollouts_every:
         return
-    folder, number = run.out / "rollouts", run.state["step"]
-    folder.mkdir(exist_ok=True)
-    with open(folder / f"eval_{number:06d}.jsonl", "w") as f:
-        for problem, (row, text, is_right) in enumerate(zip(rows, texts, right)):
-            answer = dict(step=number, problem=problem, prompt=row["prompt"], completion=text, right=is_right)
-            f.write(json.dumps(answer, ensure_ascii=False, separators=(",", ":")) + "\n")
+    number, answers = run.state["step"], []
+    for problem, (row, text, is_right) in enumerate(zip(rows, texts, right)):
+        answers.append(
+            dict(step=number, problem=problem, prompt=row["prompt"], completion=text, right=is_right)
+        )
+    write_for_people(run.out / "rollouts" / f"eval_{number:06d}.jsonl", answers)
+
+
+def write_for_people(path, objects):
+    """A line of JSON an object. Nothing is made from these files: a full disk is no reason to stop."""
+    lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in objects]
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        say(f"{path} could not be written ({error.strerror}): going on without it")
 
 
 def logged_columns(batch, n: int) -> dict:
@@ -203,16 +217,20 @@ class Log:
     def __init__(self, run):
         cfg = run.cfg
         self.active = rank() == 0
+        self.path = run.out / "metrics.jsonl"
+        self.last = None  # a row that is not written yet; on the other ranks the last one
         if not self.active:
             return
         about = dict(run=run.id, trained=what_is_trained(run), config=run.keys, **versions())
         about["differs"] = list(configs.differences(cfg))  # keys that are not the defaults
         (run.out / "config.json").write_text(json.dumps(about, indent=2, default=str))
-        self.path = run.out / "metrics.jsonl"
         if run.resumed:
             checkpoint.truncate_metrics(self.path, run.state["step"])
-        self.file = open(self.path, "a" if run.resumed else "w")
-        self.identity = run.id if self.file.tell() == 0 else None  # goes into the first row
+        else:
+            self.path.write_bytes(b"")
+        self.size = self.path.stat().st_size  # bytes of the rows that are in the file
+        self.waiting = b""  # rows that a full disk did not take
+        self.identity = run.id if self.size == 0 else None  # goes into the first row
         self.wandb = None
         if cfg.wandb:
             import wandb
@@ -237,32 +255,67 @@ class Log:
         if not self.active:
             return
         row = self.row(step) or dict(step=step)
-        self.file.close()
         checkpoint.truncate_metrics(self.path, step - 1)
-        self.file = open(self.path, "a")
+        self.size = self.path.stat().st_size
         self.write(row | metrics)
 
     def write(self, metrics: dict):
-        """One row. What is not finite becomes null: JSON has no NaN."""
+        """One row, on the disk or among those that wait for room there."""
+        self.last = metrics
+        try:
+            self.flush()
+        except OSError as error:
+            say(f"{error.strerror}; its rows are kept and written later")
+
+    def flush(self):
+        """Writes what is not written yet. OSError where the disk does not take it; no row is torn.
+
+        A checkpoint may only be saved after this: a run that goes on from it does not write these rows again.
+        """
         if not self.active:
             return
+        if self.last is not None:
+            self.waiting += self.encoded(self.last)
+            self.last = None
+        try:
+            with open(self.path, "r+b", buffering=0) as file:
+                file.truncate(self.size)  # what an earlier try left of a row
+                file.seek(self.size)
+                written = file.write(self.waiting)
+                if written < len(self.waiting):  # the disk is full, and the next write says so
+                    file.write(self.waiting[written:])
+        except OSError as error:
+            sentence = f"{self.path} could not be written ({error.strerror})"
+            raise OSError(error.errno, sentence) from error
+        self.size += len(self.waiting)
+        self.waiting = b""
+
+    def encoded(self, metrics: dict) -> bytes:
+        """A row's line. What is not finite becomes null: JSON has no NaN."""
         row = {}
         if self.identity:
             row["run"], self.identity = self.identity, None
         for key, value in metrics.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             row[key] = value if finite else None
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
+        return (json.dumps(row) + "\n").encode()
+
+    def take_over(self):
+        """For a rank that ends the run because rank 0 has died, perhaps before it wrote its last row."""
+        if self.last is None:
+            return
+        checkpoint.truncate_metrics(self.path, self.last["step"])  # half a row goes
+        self.active, self.identity, self.waiting, self.wandb = True, None, b"", None
+        self.size = self.path.stat().st_size
+        if self.row(self.last["step"]) is not None:
+            self.last = None
 
     def close(self):
         """The end of a run, whole or not."""
-        if self.active:
-            self.file.close()
-            if self.wandb:
-                self.wandb.finish()
+        if self.active and self.wandb:
+            self.wandb.finish()
 
 
 def versions() -> dict:

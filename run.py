@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +107,7 @@ class Run:
         changed = rundir.check_resumable(before.get("config", {}), self.keys, self.out)
         found = checkpoint.newest(self.out, before.get("run"))
         if found is None:
-            if checkpoint.has_any(self.out):
+            if checkpoint.count(self.out):
                 raise ValueError(
                     f"no checkpoint in {self.out / 'ckpt'} is whole and of this run, so there is nothing to "
                     "resume: to begin anew, leave out --resume, and what is there is moved aside"
@@ -132,6 +133,8 @@ class Run:
                     self.id = self.id or rundir.new_identity()
                 else:
                     self.id, moved = rundir.claim(self.out)
+        if ranks.world() > 1 and ranks.rank() == 0:
+            self.lock = rundir.hold(self.out)
         self.id = ranks.gather(self.id)[0]
         if moved:
             ranks.say(f"{self.out} held an earlier run, which is now {moved}")
@@ -191,7 +194,14 @@ class Run:
                 self.model, self.tokenizer, self.task, stop_id=self.stop_ids[0], say=ranks.say, **options
             )
         if ranks.rank() == 0:
-            save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
+            try:
+                with checkpoint.os_errors():
+                    save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
+            except OSError as error:
+                raise ValueError(
+                    f"the model that training starts from could not be written to {folder} "
+                    f"({error.strerror}): free some room, or choose another disk, --out_dir=PATH"
+                ) from error
 
     def load_adapter(self):
         """Puts LoRA on the model: a fresh adapter, the one that training starts
@@ -265,6 +275,19 @@ class Run:
             for r, p in zip(self.reference.parameters(), self.model.parameters()):
                 r.lerp_(p, self.cfg.ref_mix)
 
+    def rank_0_is_gone(self) -> bool:
+        """Whether rank 0 has died, and we are the first to ask. Not known without a shared folder."""
+        end = time.monotonic() + 2
+        while time.monotonic() < end:  # its sockets may be closed a moment before its files are
+            if not (self.out / ".lock").exists():
+                return False
+            self.lock = rundir.hold(self.out)
+            if self.lock:
+                saved = self.out / "ckpt" / f"step_{self.state['step']:06d}"
+                return not saved.exists()  # else rank 0 lived, saved, and has left
+            time.sleep(0.05)
+        return False
+
     def moments(self) -> dict:
         """The optimiser's state, on rank 0 whole whoever owns what. Every rank must call it."""
         if self.optimizer.owners is None:
@@ -291,8 +314,8 @@ class Run:
         With save_failure="stop" that is a ValueError. What the run has written before counts as written.
         """
         cfg, done = self.cfg, self.state["step"]
-        due = cfg.steps // cfg.save_every - done // cfg.save_every if cfg.save_every else 0
-        coming = max(due, int(cfg.steps > done))  # the last step is saved in any case
+        every = cfg.save_every or cfg.steps  # the last step is saved in any case
+        coming = -(-cfg.steps // every) - done // every if cfg.steps > done else 0
         there = len(list((self.out / "ckpt").glob("step_*")))
         if cfg.keep:
             coming = min(coming, max(1, cfg.keep + 1 - there))  # an old one goes when the new one is whole

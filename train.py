@@ -52,6 +52,7 @@ from log import (
     header,
     line,
     logged_metrics,
+    logged_sums,
     loss_metrics,
     peak_gb,
     reward_metrics,
@@ -142,25 +143,27 @@ def train_step(run, number: int) -> dict:
     batch.adv = A.chunk(world())[rank()].reshape(-1)  # (n,)
     metrics = learn(run, step, batch)
 
+    useful, weights_hash = share_of_useful_tokens(batch), run.weights_hash()  # of all ranks
     # The step is complete. From here on it counts: this is the one place where the run's state changes.
     ids = hash_of_ids(step.numbers, cfg.group_size, batch.out.ids)
-    counts = gather((step.tokens_drawn, step.tokens_read, ids))
-    drawn, read, ids = [sum(of_ranks) for of_ranks in zip(*counts)]
+    *counts, logged = zip(*gather((step.tokens_drawn, step.tokens_read, ids, logged_sums(step.logged))))
+    drawn, read, ids = [sum(of_ranks) for of_ranks in counts]
     num_tokens = run.state["num_tokens"] + drawn + read
     run.state = dict(step=number, num_tokens=num_tokens, advantage=advantage_state)
     run.sync_reference(number)
     run.whole = True
 
-    # All below is for people: it changes nothing that is learnt.
+    # All below is for people: it changes nothing that is learnt. Nothing below may need another rank: where
+    # one is gone, this step would be saved and its row would not be written.
     epoch = run.task.epoch(number, cfg.prompts_per_step)
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
     metrics |= reward_metrics(step.drawn, step.rewards)
     metrics |= completion_metrics(step.drawn)
-    metrics["fingerprint"] = fingerprint(ids, run.weights_hash())
+    metrics["fingerprint"] = fingerprint(ids, weights_hash)
     metrics |= step.timer.metrics(drawn)
-    metrics["frac_tokens_with_advantage"] = share_of_useful_tokens(batch)
+    metrics["frac_tokens_with_advantage"] = useful
     metrics["memory/peak_gb"] = peak_gb(run.device)
-    metrics |= logged_metrics(step.logged, metrics)
+    metrics |= logged_metrics(logged, metrics)
     if callable(cfg.temperature):
         metrics["temperature"] = step.sampling["temperature"]
     if cfg.rollouts_every and number % cfg.rollouts_every == 0:
@@ -590,6 +593,8 @@ def main(cfg) -> int:
         after = evaluate_missing(run, log, interrupt)
         before = after if first == 1 else None
         if first > cfg.steps:
+            if rank() == 0:
+                checkpoint.sweep(run.out)  # the last save was perhaps killed while it deleted an older one
             say(f"already done: step {first - 1} of steps={cfg.steps}; a larger --steps goes on")
         say(line(run))
         for number in range(first, cfg.steps + 1):
@@ -598,6 +603,7 @@ def main(cfg) -> int:
                 return stop(run, log, "interrupted")
             with progress.doing(f"step {number}", drawn=False):
                 metrics = train_step(run, number)
+            log.last = metrics  # so that it is written if the evaluation fails
             seconds = (time.perf_counter() - started) / (number - first + 1)
             progress.line(say, line(run, metrics, seconds * (cfg.steps - number)))
             if due(number, cfg.eval_every, cfg.steps):
@@ -609,15 +615,17 @@ def main(cfg) -> int:
             # the step again, and its row replaces this one.
             log.write(metrics)
             if due(number, cfg.save_every, cfg.steps) or number == cfg.steps:
-                save_or_say(run)
+                save_or_say(run, log)
     # Every rank comes here with the same error (ranks.together), and the last whole step is saved.
     except (Stop, rewarding.RewardError, FloatingPointError, ValueError, ranks.RankLost, OSError) as e:
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
             raise  # a config that cannot run at all: there is nothing to save
-        return stop(run, log, str(e))
+        reason = reason_of(e) if isinstance(e, OSError) else str(e)
+        return stop(run, log, reason, lost=isinstance(e, ranks.RankLost))
     finish(run, before, after)
     log.close()
-    say_report(run)
+    if rank() == 0:
+        say_report(run)
     return 0
 
 
@@ -625,47 +633,58 @@ def due(number: int, every: int, last: int) -> bool:
     return every > 0 and (number % every == 0 or number == last)
 
 
-def save_or_say(run):
+def save_or_say(run, log):
     """Saves on rank 0. Where the disk does not let it: says so, and goes on to the next save or stops."""
     moments = run.moments()
     with ranks.together():
         if rank() != 0:
             return
         try:
+            log.flush()  # a run that is resumed here does not write the rows up to here again
             run.save(moments)
         except OSError as e:
             # The weights are in memory and the run is as well as before: hours of it need not end because a
             # disk is full for a while.
             number, place = run.state["step"], run.out / "ckpt"
             sentence = f"step {number} could not be saved in {place}: {reason_of(e)}; {safe(run)}"
-            if run.cfg.save_failure == "stop":
+            # After the last step there is no next save.
+            if run.cfg.save_failure == "stop" or number == run.cfg.steps:
                 raise Stop(sentence) from e
             say(f"{sentence}; going on to the next save")
 
 
-def stop(run, log, reason: str) -> int:
-    """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status."""
+def stop(run, log, reason: str, lost: bool = False) -> int:
+    """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status.
+
+    lost: another rank has died, perhaps rank 0, who does this else.
+    """
+    first = rank() == 0
+    if lost and not first and run.rank_0_is_gone():
+        log.take_over()
+        first = True
     saved = "nothing saved, since this step is half learnt: the last checkpoint stands"
     if run.whole:
         try:
             moments = run.moments()
-            saved = f"saved {run.save(moments) if rank() == 0 else ''}"
+            if first:
+                log.flush()
+                saved = f"saved {run.save(moments)}"
         except OSError as e:
             saved = f"not saved ({reason_of(e)}); {safe(run)}"
         except ranks.RankLost:
             saved = f"not saved, because a part of the optimiser was that process's; {safe(run)}"
-    flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
-    say(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True")
-    say_report(run)
-    ranks.tell_launcher(f"{reason}; {saved}" if rank() == 0 else reason)
+    if first:
+        flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
+        print(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True", flush=True)
+        say_report(run)
+    ranks.tell_launcher(f"{reason}; {saved}" if first else reason)
     log.close()
     return 1
 
 
 def say_report(run):
     """Writes report.html, the page of the run. The run is over: nothing depends on it."""
-    if rank() == 0:
-        say(report.at_the_end(run.out))
+    print(report.at_the_end(run.out), flush=True)
 
 
 def reason_of(error: OSError) -> str:

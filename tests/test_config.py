@@ -48,7 +48,9 @@ def test_file_is_run_in_a_namespace_of_its_own(tmp_path):
         ("lr = 1e-5\n", ["--steps"], "write --steps=VALUE"),
         ("lr = 1e-5\n", ["more.py"], "one config file too many"),
         ("objective = 'ppo'\n", [], "'clip'"),
-        ("group_size = 1\n", [], "group_size = 1"),
+        ("group_size = 1\n", [], "an advantage of your own"),
+        # The sentence used to send people here, where every advantage is 0, too.
+        ("group_size, advantage = 1, 'none'\n", [], "an advantage of your own"),
         ("group_size = 0\n", [], "too small"),
         ("temperature = 0\n", [], "nothing could be learnt"),
         ("preset = 'ppo'\n", [], "'dr_grpo'"),
