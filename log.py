@@ -1,9 +1,7 @@
-"""What a person gets to see of a run: the screen, metrics.jsonl, rollouts/, wandb.
-Nothing here changes what it learns.
+"""What a run writes down: metrics, metrics.jsonl, rollouts/, wandb. Nothing here changes what it learns.
 
 Metric names are TRL's where TRL has one. Every mean is a ratio of two sums over the whole step and
-all ranks. On the screen: the first lines say what is trained, then comes one line a step; `-` stands
-for what a step does not have.
+all ranks.
 
 Dims: B prompts a step, G completions a prompt, N = B * G rows, R rewards.
 """
@@ -21,11 +19,9 @@ import torch
 
 import checkpoint
 import config as configs
-import data
 import rewards as rewarding
-import rollout
-from evaluation import summary
-from ranks import rank, say, world
+from ranks import rank, say
+from screen import what_is_trained
 
 
 # --------------------------------------------------------------------------------------------- metrics
@@ -330,137 +326,3 @@ def versions() -> dict:
         torch=torch.__version__,
         transformers=transformers.__version__,
     )
-
-
-# ------------------------------------------------------------------------------------------ the screen
-def header(run):
-    """What will be trained, what differs from the defaults, what memory it takes, and the first prompt as
-    ids.
-    """
-    cfg = run.cfg
-    say(what_is_trained(run))
-    changed = [f"{k}={getattr(v, '__name__', v)!r}" for k, v in configs.differences(cfg).items()]
-    say("differs from the defaults: " + ", ".join(changed))
-    say(run.kernels)
-    if rewarding.runs_code(run.rewards):
-        say(what_is_isolated(cfg.sandbox))
-    row = run.task.batch(0, 1, cfg.seed)[0]
-    ids = data.prompt_ids(run.tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill)
-    say(memory_plan(run, len(ids)))
-    pieces = [repr(run.tokenizer.decode([i]))[1:-1] for i in ids]
-    say(f"the first prompt, {len(ids)} tokens: " + "|".join(pieces))
-
-
-def what_is_trained(run) -> str:
-    cfg, model = run.cfg, run.model
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in run.optimizer.params)
-    how = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else "full"
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if run.device.startswith("cuda"):
-        device = torch.cuda.get_device_name()
-    sentence = f"{'scratch' if cfg.scratch else cfg.model}: {model.shape.family}, {total:,} parameters, "
-    sentence += f"{trained:,} trained ({how}), {str(run.dtype).removeprefix('torch.')} on {device}"
-    if world() > 1:
-        sentence += f", {world()} processes"
-    return sentence
-
-
-def what_is_isolated(mode: str) -> str:
-    from tasks import sandbox
-
-    held = sandbox.isolation()
-    missing = [name for name in sandbox.FULL if name not in held]
-    return f"sandbox ({mode}): isolates {', '.join(held)}" + "".join(f"; NOT {name}" for name in missing)
-
-
-def memory_plan(run, prompt_tokens: int) -> str:
-    cfg, model = run.cfg, run.model
-    trained = sum(p.numel() for p in run.optimizer.params)
-    slots = min(cfg.slots or 256, cfg.prompts_per_step // world() * cfg.group_size)
-    cache = rollout.cache_bytes(
-        model.shape,
-        model.embed.itemsize,
-        groups=rollout.group_places(slots, cfg.group_size, cfg.prompts_per_step),
-        slots=slots,
-        prompt_tokens=prompt_tokens,
-        new_tokens=cfg.max_new_tokens,
-    )
-    weights = sum(p.nbytes for p in model.parameters())
-    state = sum(t.nbytes for t in run.optimizer.state().values()) + 4 * trained
-    reference = "none"
-    if cfg.beta:
-        reference = "adapters off" if run.reference is None else "a copy"
-    return (
-        f"memory: weights {weights / 1e9:.2f} GB, gradients and optimiser {state / 1e9:.2f} GB, "
-        f"reference {reference}, KV cache about {cache / 1e9:.2f} GB for {slots} slots"
-    )
-
-
-COLUMNS = [  # heading, metric, format
-    ("reward", "reward", "7.3f"),
-    ("spread", "reward_spread", "7.3f"),
-    ("kl", "kl", "8.4f"),
-    ("entropy", "entropy", "7.3f"),
-    ("length", "completions/mean_length", "7.1f"),
-    ("cut%", "completions/clipped_ratio", "6.1%"),
-    ("same%", "frac_reward_zero_std", "6.0%"),
-    ("none", "reward_failures", "4.0f"),
-    ("|grad|", "grad_norm", "7.3f"),
-    ("sample t/s", "tokens_per_second/sample", "10,.0f"),
-    ("train t/s", "tokens_per_second/train", "10,.0f"),
-]
-
-
-def line(run, m=None, seconds_left=0.0) -> str:
-    """One aligned line of the screen for metrics m, or its heading."""
-    parts = []
-    if len(run.rewards) > 1:
-        for label, _, _ in run.rewards:
-            name = label[:10]
-            parts.append((name, f"rewards/{label}/mean", f"{max(7, len(name))}.3f"))
-    cells = [f"{'step':>6}" if m is None else f"{m['step']:6d}"]
-    for heading, metric, spec in [COLUMNS[0], *parts, *COLUMNS[1:]]:
-        width = max(int(spec.split(",")[0].split(".")[0]), len(heading))
-        cells.append(f"{cell(heading, metric, spec, m):>{width}}")
-    if m is None:
-        return "  ".join(cells) + "    left"
-    minutes, seconds = divmod(int(seconds_left), 60)
-    return "  ".join(cells) + f"  {minutes:3d}:{seconds:02d}"
-
-
-def cell(heading, metric, spec, m) -> str:
-    if m is None:
-        return heading
-    value = m.get(metric)
-    return "-" if value is None else format(value, spec)
-
-
-def show_sample(row, text, reward):
-    say(f"      | {shorten(last_words(row['prompt']))} -> {shorten(text)}   reward {reward:.2f}")
-
-
-def last_words(prompt) -> str:
-    """The prompt as text: of a list of messages, the last one."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
-def shorten(text: str, n: int = 70) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= n else text[: n // 2] + " .. " + text[-n // 2 :]
-
-
-def finish(run, before, after):
-    """The last lines: before, after, one problem answered before and after, and where everything is.
-
-    before, after: (metrics, texts) of an evaluation, or None.
-    """
-    if before and after and before[0] and after[0]:
-        say(f"\nbefore: {summary(before[0])}\nafter:  {summary(after[0])}")
-        changed = [i for i, (b, a) in enumerate(zip(before[1], after[1])) if b != a] or [0]
-        i = changed[0]
-        say(f"\n  {shorten(last_words(run.task.eval[i]['prompt']), 400)}")
-        say(f"  before: {shorten(before[1][i], 400)}\n  after:  {shorten(after[1][i], 400)}\n")
-    folder = run.out / "ckpt" / f"step_{run.state['step']:06d}"
-    curve, rollouts = run.out / "metrics.jsonl", run.out / "rollouts"
-    say(f"curve: {curve}   rollouts: {rollouts}   checkpoint: {folder}")

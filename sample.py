@@ -1,12 +1,13 @@
 """Talk to a checkpoint.
 
-    python sample.py --model=out/gsm8k                        # a chat with the newest checkpoint of a run
+    python sample.py out/gsm8k                                # a chat with the newest checkpoint of a run
     python sample.py --model=out/gsm8k/ckpt/step_000100 "How many legs have two horses and three men?"
     python sample.py --model=Qwen/Qwen2.5-0.5B-Instruct --adapter=PATH --temperature=0 --samples=4 "..."
     python sample.py --model=out/gsm8k/ckpt/step_000100 --merge=FOLDER     # adapter into base
 
---model: a Hugging Face folder, a hub id, the folder of a run, or the folder of an adapter, whose base is then
-looked up in its adapter_config.json. In a chat Ctrl-C ends an answer and Ctrl-D the chat.
+--model (or a folder as the first word): a Hugging Face folder, a hub id, the folder of a run, whose system
+prompt and prefill are then the defaults, or the folder of an adapter, whose base is then looked up in its
+adapter_config.json. In a chat Ctrl-C ends an answer and Ctrl-D the chat.
 """
 
 import progress
@@ -14,8 +15,10 @@ import progress
 if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is one sentence from here on
     progress.begin("sample.py")
 
+import json
 import signal
 import sys
+from pathlib import Path
 
 import config as configs
 import data
@@ -51,11 +54,23 @@ def parse(argv: list[str]) -> tuple[dict, str | None]:
                 raise ValueError(f"{word} has no value: write {word}=VALUE")
             text = left.pop(0)
         flags[key] = number(key, text)
+    if not flags["model"] and words and Path(words[0]).is_dir():
+        flags["model"] = words.pop(0)
     if not flags["model"]:
         raise ValueError(USAGE)
     if words and not " ".join(words).strip():
         raise ValueError("the prompt is empty: write one, or leave it out for a chat")
     return flags, " ".join(words) if words else None
+
+
+def as_trained(flags: dict) -> dict:
+    """The flags with the system prompt and the prefill of the run whose folder `model` is, unless given."""
+    path = Path(flags["model"]) / "config.json"
+    about = json.loads(path.read_text()) if path.is_file() else {}
+    if "run" not in about:
+        return flags
+    keys = dict(system="system_prompt", prefill="prefill")
+    return flags | {flag: flags[flag] or about["config"].get(key, "") for flag, key in keys.items()}
 
 
 def number(key: str, text: str):
@@ -167,6 +182,7 @@ def main(argv: list[str]):
         print(__doc__ + "\n" + USAGE)
         return
     flags, prompt = parse(argv)
+    flags = as_trained(flags)
     talker = Talker(flags)
     if flags["merge"]:
         models.save(talker.model, flags["merge"], lora.merged_state(talker.model))

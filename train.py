@@ -41,22 +41,18 @@ import ranks
 import report
 import rewards as rewarding
 from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
-from evaluation import evaluate, missing_form, refuse_hopeless, summary
+from evaluation import evaluate, missing_form, refuse_hopeless
 from fingerprint import fingerprint, hash_of_ids
 from head import policy_head
 from kernels.logprob import any_truncation
 from log import (
     Log,
     completion_metrics,
-    finish,
-    header,
-    line,
     logged_metrics,
     logged_sums,
     loss_metrics,
     peak_gb,
     reward_metrics,
-    show_sample,
     write_answers,
     write_rollouts,
 )
@@ -64,6 +60,7 @@ from loss import add_stats, highest, normaliser, normalize_then_sum
 from ranks import gather, rank, say, world
 from rewards import flat_groups
 from run import Run
+from screen import evaluated, finish, header, legend, line, show_sample, what_next
 
 # Largest |trainer - sampler| in nats that rounding explains. fp32 is compared by its worst token. In bf16
 # single tokens differ by tenths between two correct implementations, so there the mean is what tells a
@@ -575,7 +572,7 @@ def evaluate_missing(run, log, interrupt) -> tuple[dict, list] | None:
         return None
     found = evaluate_now(run, interrupt)
     if found[0]:
-        progress.line(say, f"{'before:' if number == 0 else '      ='} {summary(found[0])}")
+        progress.line(say, evaluated("before:" if number == 0 else "      =", found[0]))
         log.add(number, found[0])
     return found
 
@@ -596,6 +593,7 @@ def main(cfg) -> int:
             if rank() == 0:
                 checkpoint.sweep(run.out)  # the last save was perhaps killed while it deleted an older one
             say(f"already done: step {first - 1} of steps={cfg.steps}; a larger --steps goes on")
+        legend()
         say(line(run))
         for number in range(first, cfg.steps + 1):
             # Between two steps everything is whole, so this is where a run can be left.
@@ -610,7 +608,7 @@ def main(cfg) -> int:
                 after = evaluate_now(run, interrupt)
                 metrics |= after[0]
                 if after[0]:
-                    progress.line(say, f"      = {summary(after[0])}")
+                    progress.line(say, evaluated("      =", after[0]))
             # The row is written before the checkpoint: a run that dies between the two and is resumed makes
             # the step again, and its row replaces this one.
             log.write(metrics)
@@ -626,6 +624,7 @@ def main(cfg) -> int:
     log.close()
     if rank() == 0:
         say_report(run)
+        what_next(run)
     return 0
 
 

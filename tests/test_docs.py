@@ -106,7 +106,13 @@ def test_a_training_command_of_the_readme_starts(tmp_path, capsys, command):
     assert "step   reward" in told and (tmp_path / "ckpt" / "step_000002").is_dir()
 
 
-@pytest.mark.parametrize("command", OTHERS)
+OTHERS_STARTED = []
+for command in OTHERS:
+    marks = pytest.mark.slow if "bench/" in command else ()
+    OTHERS_STARTED.append(pytest.param(command, marks=marks))
+
+
+@pytest.mark.parametrize("command", OTHERS_STARTED)
 def test_any_other_command_of_the_readme_runs(saved, tmp_path, capsys, command):
     script, *words = shlex.split(command)[1:]
     words = [f"--model={saved}" if word.startswith("--model=") else word for word in words]
@@ -120,6 +126,7 @@ def test_any_other_command_of_the_readme_runs(saved, tmp_path, capsys, command):
         sft.main(configs.load([*words, *SMALL, f"--out_dir={tmp_path}"]))
         assert "warm-up" in capsys.readouterr().out
     elif script == "sample.py":
+        words = [str(saved) if word.startswith("out/") else word for word in words]
         sample.main([*words, "--max_new_tokens=4"])
         assert "tokens" in capsys.readouterr().out
     elif script == "report.py":

@@ -401,7 +401,7 @@ UNREACHABLE = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param(dict(HF_HUB_OFFLINE="1"), id="offline"),
+        pytest.param(dict(HF_HUB_OFFLINE="1"), id="offline", marks=pytest.mark.slow),
         pytest.param(UNREACHABLE, id="unreachable", marks=pytest.mark.slow),
     ],
 )

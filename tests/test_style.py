@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "evaluation": {"data", "rewards"},
     "checks": {"config", "data", "policy", "progress", "rewards", "shape", "usage"},
     "warmup": {"data", "model", "optim", "progress"},
-    "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout"},
+    "screen": {"config", "data", "evaluation", "ranks", "rewards", "rollout"},
+    "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
 MAY_IMPORT["run"] |= {"checks", "fingerprint", "progress", "rollout", "rundir", "warmup"}
@@ -162,13 +163,10 @@ def import_each(tmp_path, wanted: dict[str, list[str]]):
     assert out.returncode == 0 and not out.stdout, out.stdout + out.stderr
 
 
-def test_files_can_be_copied_out_alone(tmp_path):
-    import_each(tmp_path, {name.split("/")[-1]: [f"{name}.py"] for name in ALONE})
-
-
-def test_kernels_can_be_copied_out_with_their_switch(tmp_path):
+def test_files_can_be_copied_out_alone_and_kernels_with_their_switch(tmp_path):
+    alone = {name.split("/")[-1]: [f"{name}.py"] for name in ALONE}
     pair = {f"kernels.{name}": ["kernels/switch.py", f"kernels/{name}.py"] for name in WITH_SWITCH}
-    import_each(tmp_path, pair)
+    import_each(tmp_path, alone | pair)
 
 
 def test_the_sandbox_can_be_copied_out(tmp_path):
