@@ -11,6 +11,7 @@ import importlib.util
 import json
 import netrc
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def config_of(script: str, argv: list[str]) -> configs.Config:
             print(usage.page(script, argv, configs.OPTIONS))
         raise SystemExit(0 if argv else 2)
     cfg = configs.load(argv)
-    for check in (packages, device, out_dir, schedules, model, memory):
+    for check in (packages, hub, device, out_dir, schedules, model, memory):
         check(cfg)
     rewarding.check_sandbox(rewarding.resolve(cfg.rewards), cfg.sandbox)
     if isinstance(cfg.task, str):
@@ -53,6 +54,8 @@ def packages(cfg):
         raise ValueError("the reward 'math' needs math-verify: pip install math-verify")
     if cfg.kernels == "triton" and importlib.util.find_spec("triton") is None:
         raise ValueError("kernels = 'triton' needs Triton: pip install triton, or --kernels=auto")
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard is switched on and not installed: pip install tensorboard")
     if not cfg.wandb:
         return
     if importlib.util.find_spec("wandb") is None:
@@ -71,6 +74,18 @@ def knows_wandb_key() -> bool:
         return netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def hub(cfg):
+    """Somebody is logged in where the model is to go, and its name can be one."""
+    if not cfg.push_to_hub:
+        return
+    import huggingface_hub
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.push_to_hub):
+        raise ValueError(f"push_to_hub = {cfg.push_to_hub!r:.80} is no repository: write it as user/name")
+    if not huggingface_hub.get_token():
+        raise ValueError("push_to_hub needs a token: type hf auth login first, or set HF_TOKEN")
 
 
 def device(cfg):

@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import re
 import runpy
@@ -126,6 +127,7 @@ class Config:
     seed: int = 0
     out_dir: str = ""  # "": out/NAME of the config file; a run that is there already is moved to out/NAME.1
     resume: bool = False  # go on from the newest whole checkpoint of out_dir
+    stop_at: str = ""  # end early, saved and evaluated, where a metric is so far: "eval/strict>=0.97"
     save_every: int = 100  # steps; 0: only at the end and on Ctrl-C
     save_failure: str = "warn"  # a checkpoint that cannot be written: warn and go on to the next | stop
     keep: int = 2  # checkpoints kept; 0: all
@@ -133,6 +135,8 @@ class Config:
     show_every: int = 10  # steps between samples printed; 0: none
     wandb: str = ""  # "" (off) | online | offline
     wandb_project: str = "nanogrpo"
+    tensorboard: bool = False  # the same numbers in out_dir/tensorboard
+    push_to_hub: str = ""  # "user/name": the model goes there at the end, with a card
 
 
 # What papers of these names do, where it differs in loss and sampling; rates and
@@ -406,7 +410,7 @@ def check_values(c: Config) -> Config:
         check_range(key, getattr(c, key), interval)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", c.device):
         raise ValueError(f"device = {c.device!r:.80} is not one of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    for refuse in (refuse_batch, refuse_reference, refuse_merging):
+    for refuse in (refuse_batch, refuse_reference, refuse_merging, refuse_goal):
         refuse(c)
     return c
 
@@ -470,6 +474,46 @@ def refuse_merging(c: Config):
             "lora_merge = 'on' has one input for base and adapter, so it cannot have lora_dropout: "
             "set that to 0, or lora_merge to 'off'"
         )
+
+
+def refuse_goal(c: Config):
+    if not c.stop_at:
+        return
+    name, _, _ = goal_of(c.stop_at)
+    if name.startswith("eval/") and not c.eval_every:
+        raise ValueError(f"stop_at = {c.stop_at!r} waits for an evaluation, and eval_every = 0 makes none")
+
+
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def goal_of(text: str) -> tuple[str, str, float]:
+    """A goal such as "eval/strict>=0.97" as (metric, comparison, number)."""
+    found = re.fullmatch(r"\s*([^\s<>=]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*", text)
+    try:
+        return found[1], found[2], float(found[3])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"stop_at = {text!r:.80} is no goal: write a metric, >= or <=, and a number, as eval/strict>=0.97"
+        ) from None
+
+
+def goal_reached(goal: str, metrics: dict) -> bool:
+    """Whether metrics are what a goal waits for. Those without an evaluation do not reach eval/..
+
+    ValueError, with the nearest name, where there are metrics of that kind and none has this name.
+    """
+    name, comparison, number = goal_of(goal)
+    kind = "eval/" if name.startswith("eval/") else "completions/mean_length"  # which every step has
+    value = metrics.get(name)
+    if value is None:
+        if name not in metrics and any(key.startswith(kind) for key in metrics):
+            near = difflib.get_close_matches(name, metrics, 3, 0.1)
+            raise ValueError(
+                f"stop_at = {goal!r:.80}: there is no metric {name!r:.60}, but {', '.join(near)} and others"
+            )
+        return False
+    return COMPARISONS[comparison](value, number)
 
 
 def model_name(c: Config) -> str:

@@ -22,6 +22,7 @@ import config as configs
 import rewards as rewarding
 from ranks import rank, say
 from screen import what_is_trained
+from trackers import Trackers
 
 
 # --------------------------------------------------------------------------------------------- metrics
@@ -175,8 +176,10 @@ def token_texts(tokenizer, ids) -> dict:
     return {i: both.removeprefix(one) or one for i, one, both in zip(known, alone, twice)}
 
 
-def write_answers(run, rows, texts, right):
+def write_answers(run, log, rows, texts, right):
     """rollouts/eval_000025.jsonl: one object a held-out problem, with its first answer after that step."""
+    if log.trackers:
+        log.trackers.samples(run.state["step"], rows, texts, right)
     if not run.cfg.rollouts_every:
         return
     number, answers = run.state["step"], []
@@ -208,7 +211,7 @@ def none_for_nan(x):
 
 
 class Log:
-    """metrics.jsonl, and wandb where it is switched on. Writes config.json first."""
+    """metrics.jsonl, and the trackers that are switched on. Writes config.json first."""
 
     def __init__(self, run):
         cfg = run.cfg
@@ -227,12 +230,7 @@ class Log:
         self.size = self.path.stat().st_size  # bytes of the rows that are in the file
         self.waiting = b""  # rows that a full disk did not take
         self.identity = run.id if self.size == 0 else None  # goes into the first row
-        self.wandb = None
-        if cfg.wandb:
-            import wandb
-
-            where = dict(project=cfg.wandb_project, name=run.out.name, dir=str(run.out))
-            self.wandb = wandb.init(mode=cfg.wandb, config=run.keys, **where)
+        self.trackers = Trackers(run)
 
     def row(self, step: int) -> dict | None:
         """The row of a step, or None where there is none."""
@@ -294,8 +292,8 @@ class Log:
         for key, value in metrics.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             row[key] = value if finite else None
-        if self.wandb:
-            self.wandb.log(metrics, step=metrics["step"])
+        if self.trackers:
+            self.trackers.log(metrics)
         return (json.dumps(row) + "\n").encode()
 
     def take_over(self):
@@ -303,15 +301,15 @@ class Log:
         if self.last is None:
             return
         checkpoint.truncate_metrics(self.path, self.last["step"])  # half a row goes
-        self.active, self.identity, self.waiting, self.wandb = True, None, b"", None
+        self.active, self.identity, self.waiting, self.trackers = True, None, b"", None
         self.size = self.path.stat().st_size
         if self.row(self.last["step"]) is not None:
             self.last = None
 
-    def close(self):
-        """The end of a run, whole or not."""
-        if self.active and self.wandb:
-            self.wandb.finish()
+    def close(self, report):
+        """The end of a run, whole or not. report: the path of its page."""
+        if self.active and self.trackers:
+            self.trackers.close(report)
 
 
 def versions() -> dict:

@@ -61,6 +61,7 @@ from ranks import gather, rank, say, world
 from rewards import flat_groups
 from run import Run
 from screen import evaluated, finish, header, legend, line, show_sample, what_next
+from trackers import push
 
 # Largest |trainer - sampler| in nats that rounding explains. fp32 is compared by its worst token. In bf16
 # single tokens differ by tenths between two correct implementations, so there the mean is what tells a
@@ -536,7 +537,7 @@ class Interrupt:
         return any(gather(self.asked))
 
 
-def evaluate_now(run, interrupt) -> tuple[dict, list]:
+def evaluate_now(run, log, interrupt) -> tuple[dict, list]:
     """Held-out problems, on rank 0 while the others wait: (metrics, texts), both empty if interrupted."""
     metrics, texts = {}, []
     run.model.eval()  # no LoRA dropout
@@ -552,7 +553,7 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
                 run.rewards,
                 stop_ids=run.stop_ids,
                 stop=lambda: interrupt.asked,
-                on_answers=partial(write_answers, run),
+                on_answers=partial(write_answers, run, log),
                 **options,
             )
     interrupt.evaluating = False
@@ -570,7 +571,7 @@ def evaluate_missing(run, log, interrupt) -> tuple[dict, list] | None:
     done = gather(log.has_evaluation(number))[0]  # rank 0 has the file
     if done or not is_due:
         return None
-    found = evaluate_now(run, interrupt)
+    found = evaluate_now(run, log, interrupt)
     if found[0]:
         progress.line(say, evaluated("before:" if number == 0 else "      =", found[0]))
         log.add(number, found[0])
@@ -589,13 +590,17 @@ def main(cfg) -> int:
     try:
         after = evaluate_missing(run, log, interrupt)
         before = after if first == 1 else None
-        if first > cfg.steps:
+        end = cfg.steps
+        if reached(cfg, log.row(first - 1) if rank() == 0 else {}):
+            end = first - 1
+        if first > end:
             if rank() == 0:
                 checkpoint.sweep(run.out)  # the last save was perhaps killed while it deleted an older one
-            say(f"already done: step {first - 1} of steps={cfg.steps}; a larger --steps goes on")
+            more = f"stop_at={cfg.stop_at!r} is reached" if end < cfg.steps else "a larger --steps goes on"
+            say(f"already done: step {first - 1} of steps={cfg.steps}; {more}")
         legend()
         say(line(run))
-        for number in range(first, cfg.steps + 1):
+        for number in range(first, end + 1):
             # Between two steps everything is whole, so this is where a run can be left.
             if interrupt.on_any_rank():
                 return stop(run, log, "interrupted")
@@ -604,16 +609,20 @@ def main(cfg) -> int:
             log.last = metrics  # so that it is written if the evaluation fails
             seconds = (time.perf_counter() - started) / (number - first + 1)
             progress.line(say, line(run, metrics, seconds * (cfg.steps - number)))
-            if due(number, cfg.eval_every, cfg.steps):
-                after = evaluate_now(run, interrupt)
+            last = number == cfg.steps or reached(cfg, metrics)
+            if due(number, cfg.eval_every, number if last else cfg.steps):
+                after = evaluate_now(run, log, interrupt)
                 metrics |= after[0]
+                last = last or reached(cfg, metrics)
                 if after[0]:
                     progress.line(say, evaluated("      =", after[0]))
             # The row is written before the checkpoint: a run that dies between the two and is resumed makes
             # the step again, and its row replaces this one.
             log.write(metrics)
-            if due(number, cfg.save_every, cfg.steps) or number == cfg.steps:
-                save_or_say(run, log)
+            if due(number, cfg.save_every, cfg.steps) or last:
+                save_or_say(run, log, last)
+            if last:
+                break
     # Every rank comes here with the same error (ranks.together), and the last whole step is saved.
     except (Stop, rewarding.RewardError, FloatingPointError, ValueError, ranks.RankLost, OSError) as e:
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
@@ -621,19 +630,39 @@ def main(cfg) -> int:
         reason = reason_of(e) if isinstance(e, OSError) else str(e)
         return stop(run, log, reason, lost=isinstance(e, ranks.RankLost))
     finish(run, before, after)
-    log.close()
+    status = 0
     if rank() == 0:
         say_report(run)
+        if cfg.push_to_hub:
+            pushed = push(run, before[0] if before else {}, after[0] if after else {})
+            say(pushed)
+            status = int(pushed.startswith("not"))
         what_next(run)
-    return 0
+    log.close(run.out / "report.html")
+    return status
+
+
+def reached(cfg, metrics) -> bool:
+    """Whether metrics, which are whole on rank 0, are what cfg.stop_at waits for. Every rank calls this.
+
+    ValueError where no metric of that kind has its name.
+    """
+    if not cfg.stop_at:
+        return False
+    with ranks.together():
+        mine = rank() == 0 and configs.goal_reached(cfg.stop_at, metrics or {})
+    return gather(mine)[0]
 
 
 def due(number: int, every: int, last: int) -> bool:
     return every > 0 and (number % every == 0 or number == last)
 
 
-def save_or_say(run, log):
-    """Saves on rank 0. Where the disk does not let it: says so, and goes on to the next save or stops."""
+def save_or_say(run, log, last: bool):
+    """Saves on rank 0. Where the disk does not let it: says so, and goes on to the next save or stops.
+
+    last: no save will follow this one.
+    """
     moments = run.moments()
     with ranks.together():
         if rank() != 0:
@@ -646,8 +675,7 @@ def save_or_say(run, log):
             # disk is full for a while.
             number, place = run.state["step"], run.out / "ckpt"
             sentence = f"step {number} could not be saved in {place}: {reason_of(e)}; {safe(run)}"
-            # After the last step there is no next save.
-            if run.cfg.save_failure == "stop" or number == run.cfg.steps:
+            if run.cfg.save_failure == "stop" or last:
                 raise Stop(sentence) from e
             say(f"{sentence}; going on to the next save")
 
@@ -677,7 +705,7 @@ def stop(run, log, reason: str, lost: bool = False) -> int:
         print(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True", flush=True)
         say_report(run)
     ranks.tell_launcher(f"{reason}; {saved}" if first else reason)
-    log.close()
+    log.close(run.out / "report.html")
     return 1
 
 

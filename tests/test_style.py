@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "checks": {"config", "data", "policy", "progress", "rewards", "shape", "usage"},
     "warmup": {"data", "model", "optim", "progress"},
     "screen": {"config", "data", "evaluation", "ranks", "rewards", "rollout"},
-    "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen"},
+    "trackers": {"config", "screen"},
+    "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen", "trackers"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
 MAY_IMPORT["run"] |= {"checks", "fingerprint", "progress", "rollout", "rundir", "warmup"}
