@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 
@@ -113,13 +112,6 @@ def loss_metrics(stats: dict, difference: float) -> dict:
     if "kl" in stats:
         m["kl"] = stats["kl"] / n
     return m
-
-
-def peak_gb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ----------------------------------------------------------------------------------------------- files

@@ -31,6 +31,7 @@ import rewards as rewarding
 import rundir
 import warmup
 from fingerprint import hash_of_weights
+from memory import Peaks
 from policy import find_model, load_policy, pick_device, save_policy
 from rollout import Sampler
 
@@ -43,6 +44,7 @@ class Run:
         device, self.dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
         self.kernels = kernels.use(cfg.kernels)
         self.device = ranks.start(device)
+        self.peaks = Peaks(self.device)
         refuse_uneven_ranks(cfg)
         self.rewards = rewarding.resolve(cfg.rewards)
         rewarding.check_sandbox(self.rewards, cfg.sandbox)
@@ -92,6 +94,7 @@ class Run:
         )
         if moments is not None:
             self.optimizer.load_state(moments)
+        self.peaks.of["load"] = self.peaks.note()
         with ranks.together():
             if ranks.rank() == 0:
                 self.check_room()
@@ -303,10 +306,11 @@ class Run:
         """Writes ckpt/step_NNNNNN, whole or not at all. moments: the optimiser's, from `moments`."""
         state = {key: value for key, value in self.state.items() if key != "step"}
         state |= dict(model=self.identity, run=self.id)
-        return checkpoint.save(
-            self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
-            keep=self.cfg.keep,
-        )  # fmt: skip
+        with self.peaks("save"):
+            return checkpoint.save(
+                self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
+                keep=self.cfg.keep,
+            )  # fmt: skip
 
     def check_room(self):
         """Says, before the first step, that the disk is too small for the checkpoints that are to come.

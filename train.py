@@ -40,7 +40,7 @@ import optim
 import ranks
 import report
 import rewards as rewarding
-from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
+from batch import Batch, Step, Timer, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
 from evaluation import evaluate, missing_form, refuse_hopeless
 from fingerprint import fingerprint, hash_of_ids
 from head import policy_head
@@ -51,7 +51,6 @@ from log import (
     logged_metrics,
     logged_sums,
     loss_metrics,
-    peak_gb,
     reward_metrics,
     write_answers,
     write_rollouts,
@@ -91,6 +90,7 @@ def begin_step(run, number: int) -> Step:
         sampling=configs.sampling_options(cfg, number),
         rewards=rewards_at(run, number),
         lr=lr,
+        timer=Timer(run.peaks),
     )
 
 
@@ -160,7 +160,6 @@ def train_step(run, number: int) -> dict:
     metrics["fingerprint"] = fingerprint(ids, weights_hash)
     metrics |= step.timer.metrics(drawn)
     metrics["frac_tokens_with_advantage"] = useful
-    metrics["memory/peak_gb"] = peak_gb(run.device)
     metrics |= logged_metrics(logged, metrics)
     if callable(cfg.temperature):
         metrics["temperature"] = step.sampling["temperature"]

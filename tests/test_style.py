@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "rundir": {"checkpoint"},
     "fingerprint": set(),
     "progress": set(),
+    "memory": set(),
     "usage": set(),
     "picture": set(),
     "report": {"picture"},  # reads what a run left: nothing of a run knows of it but train.py's last line
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen", "trackers"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"checks", "fingerprint", "progress", "rollout", "rundir", "warmup"}
+MAY_IMPORT["run"] |= {"checks", "fingerprint", "memory", "progress", "rollout", "rundir", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
