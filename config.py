@@ -31,6 +31,7 @@ class Config:
     # -- model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # checkpoint folder, or hub id
     adapter: str = ""  # PEFT adapter folder to start from; "" starts from a fresh adapter
+    base: str = "dense"  # the weights under LoRA: dense (in dtype) | nf4 (projections in 4 bits, QLoRA)
     scratch: dict | None = None  # instead of `model`: sizes, as in a config.json, of random weights
     alphabet: str = ""  # the characters a scratch model's tokenizer knows
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
@@ -294,6 +295,7 @@ def wrong_type(key: str, value):
 
 # ---------------------------------------------------------------------------------------------- values
 CHOICES = dict(
+    base=("dense", "nf4"),
     dtype=("auto", "float32", "bfloat16"),
     objective=tuple(OBJECTIVES),
     aggregate=tuple(AGGREGATES),
@@ -375,6 +377,16 @@ def refuse_reference(c: Config):
 
 
 def refuse_merging(c: Config):
+    if c.base == "nf4" and not c.lora_rank:
+        raise ValueError(
+            "base = 'nf4' holds frozen weights, which full fine-tuning (lora_rank = 0) would have to change: "
+            "give --lora_rank=16, or --base=dense"
+        )
+    if c.base == "nf4" and c.lora_merge == "on":
+        raise ValueError(
+            "lora_merge = 'on' keeps the merged weights in full, four times what base = 'nf4' holds: "
+            "leave lora_merge at 'auto'"
+        )
     if c.lora_merge == "on" and c.lora_dropout:
         raise ValueError(
             "lora_merge = 'on' has one input for base and adapter, so it cannot have lora_dropout: "

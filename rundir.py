@@ -19,7 +19,7 @@ OURS = ("config.json", "metrics.jsonl", "rollouts", "ckpt", "start", "report.htm
 
 # Keys that weights, data order and draws depend on: a resumed run must have the same.
 IDENTITY = (
-    "model", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed",
+    "model", "base", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed",
     "sft_steps", "sft_batch", "sft_lr", "task", "task_options", "train_file", "system_prompt", "prefill",
     "prompts_per_step",
 )  # fmt: skip

@@ -5,7 +5,7 @@
     python sample.py --model=out/gsm8k/ckpt/step_000100 --merge=FOLDER     # adapter into base
 
 --model: a Hugging Face folder, a hub id, or the folder of an adapter, whose base is then looked
-up in its adapter_config.json.
+up in its adapter_config.json. An adapter that was trained with base="nf4" wants --base=nf4 here, too.
 """
 
 import sys
@@ -18,7 +18,7 @@ from policy import load_policy, pick_device
 
 FLAGS = dict(
     model="", adapter="", system="", prefill="", samples=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-    max_new_tokens=256, seed=0, device="auto", dtype="auto", merge="",
+    max_new_tokens=256, seed=0, device="auto", dtype="auto", base="dense", merge="",
 )  # fmt: skip
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 
@@ -45,7 +45,7 @@ def main(argv: list[str]):
     flags, prompt = parse(argv)
     device, dtype = pick_device(flags["device"], flags["dtype"])
     model, tokenizer, stop_ids, _ = load_policy(
-        flags["model"], adapter=flags["adapter"], dtype=dtype, device=device
+        flags["model"], adapter=flags["adapter"], dtype=dtype, device=device, base=flags["base"]
     )
     if flags["merge"]:
         models.save(model, flags["merge"], lora.merged_state(model))

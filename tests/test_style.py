@@ -15,7 +15,8 @@ MAY_IMPORT = {
     # pure: torch, numpy and the standard library
     "loss": set(),
     "data": set(),
-    "optim": set(),
+    "blocks": set(),
+    "optim": {"blocks"},
     "checkpoint": set(),
     "ranks": set(),
     "shape": set(),
@@ -26,28 +27,29 @@ MAY_IMPORT = {
     "report": {"picture"},  # reads what a run left: nothing of a run knows of it but train.py's last line
     # a model, and sampling from it
     "packing": set(),
-    "model": {"packing", "shape"},
+    "nf4": {"blocks"},
+    "model": {"nf4", "packing", "shape"},
     "lora": set(),
     "decode": {"cache"},
     "rollout": {"cache", "decode", "model"},
     # what a run needs
     "config": {"loss"},  # an objective's keywords are config keys
     "rewards": {"data"},
-    "policy": {"data", "lora", "model"},
+    "policy": {"data", "lora", "model", "nf4"},
     "head": {"loss"},
     "batch": {"loss", "model", "ranks", "rollout"},
     "evaluation": {"data", "rewards"},
     "warmup": {"data", "model", "optim"},
-    "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout"},
+    "log": {"checkpoint", "config", "data", "evaluation", "nf4", "ranks", "rewards", "rollout"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"fingerprint", "rollout", "rundir", "warmup"}
+MAY_IMPORT["run"] |= {"fingerprint", "nf4", "rollout", "rundir", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
-ALONE = ["loss", "data", "optim", "ranks", "shape", "kernels/switch", "kernels/attention", "tasks/sandbox"]
+ALONE = ["loss", "data", "blocks", "ranks", "shape", "kernels/switch", "kernels/attention", "tasks/sandbox"]
 # With kernels/switch.py beside it, and nothing else of ours.
-WITH_SWITCH = ["flash_attention", "logprob", "lora_linear", "rms_norm", "rope", "sample", "swiglu"]
+WITH_SWITCH = ["flash_attention", "logprob", "lora_linear", "nf4", "rms_norm", "rope", "sample", "swiglu"]
 
 
 def name_of(path):
