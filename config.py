@@ -97,6 +97,7 @@ class Config:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
+    optimizer_bits: int = 32  # 8: Adam's moments of large tensors in 8 bits, 2 bytes a parameter for 8
     shard_optimizer: bool = False  # several processes share moments and masters (ZeRO-1): the same bits
     max_grad_norm: float = 1.0
     # -- LoRA
@@ -296,6 +297,7 @@ def wrong_type(key: str, value):
 # ---------------------------------------------------------------------------------------------- values
 CHOICES = dict(
     base=("dense", "nf4"),
+    optimizer_bits=(32, 8),
     dtype=("auto", "float32", "bfloat16"),
     objective=tuple(OBJECTIVES),
     aggregate=tuple(AGGREGATES),

@@ -80,6 +80,7 @@ class Run:
             lr=cfg.lr,
             betas=(cfg.adam_beta1, cfg.adam_beta2),
             weight_decay=cfg.weight_decay,
+            bits=cfg.optimizer_bits,
             owners=owners,
             rank=ranks.rank(),
         )

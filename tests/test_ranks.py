@@ -61,6 +61,8 @@ CASES = {
     "a killed process": case(rewards=[(dies_on_rank_1, 1.0)], save_every=0),
     "not divisible": case(prompts_per_step=7),
     "bf16": case(dtype="bfloat16"),
+    "8 bits": case(dtype="bfloat16", optimizer_bits=8),
+    "8 bits, shared": case(dtype="bfloat16", optimizer_bits=8, shard_optimizer=True),
     "bf16, shared": case(dtype="bfloat16", shard_optimizer=True),
     "lora, shared": case(lora_rank=4, lora_alpha=8.0, beta=0.1, shard_optimizer=True),
     "lora": case(lora_rank=4, lora_alpha=8.0, beta=0.1),
@@ -128,7 +130,7 @@ def test_prompts_that_processes_cannot_share_evenly_are_refused_once(tmp_path):
     assert not (tmp_path / "several").exists()
 
 
-@pytest.mark.parametrize("name, processes", [("bf16", 2), ("lora", 4)])
+@pytest.mark.parametrize("name, processes", [("bf16", 2), ("lora", 4), ("8 bits", 2)])
 def test_a_shared_optimiser_changes_no_bit_and_its_checkpoint_is_anybodys(tmp_path, name, processes):
     for folder, which in (("apart", name), ("shared", f"{name}, shared")):
         out = on(processes, tmp_path, which, folder)
