@@ -532,8 +532,14 @@ def read_tensors(path: str):
     """Names and tensors of a safetensors file, one in memory at a time. ValueError where it is not whole."""
     try:
         with safe_open(path, framework="pt") as f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
+            names = list(f.keys())
+        for name in names:
+            # The file is mapped, and a page that was read counts as ours until its mapping goes. With one for
+            # all tensors the whole file was in memory at the end, beside the model.
+            with safe_open(path, framework="pt") as f:
+                tensor = f.get_tensor(name)
+            yield name, tensor
+            del tensor
     except SafetensorError as e:
         raise ValueError(
             f"{path} is not a whole safetensors file ({e}): was its download cut short?"
