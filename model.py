@@ -308,19 +308,47 @@ class Transformer(nn.Module):
         return logp, entropy, packed.rows
 
 
-def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu") -> Transformer:
+@torch.no_grad()
+def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu", base="dense") -> Transformer:
     """A model of random weights: normal with the config's initializer_range (0.02), norms 1, biases 0.
 
-    config: as in a config.json. Returns it in evaluation mode.
+    config: as in a config.json. base: as in `load`. Returns it in evaluation mode.
     """
-    model = Transformer(config).to(dtype)
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    make_room(model, dtype, device, base)
     # Drawn on the CPU, so that every device starts from the same numbers.
     generator = torch.Generator().manual_seed(seed)
     spread = config.get("initializer_range", 0.02)
-    for p in model.parameters():
-        if p.dim() > 1:  # norms and biases stay at the 1 and 0 that they were made with
-            p.data.copy_(torch.randn(p.shape, generator=generator) * spread)
-    return model.to(device).eval()
+    for name, shape in shapes.items():
+        if len(shape) == 1:  # norms and biases stay at 1 and 0
+            continue
+        weight = torch.randn(shape, generator=generator) * spread
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nf4.NF4Linear):
+            module.fill(weight.to(module.like))
+        else:
+            model.get_parameter(name).copy_(weight)
+    return model.eval()
+
+
+@torch.no_grad()
+def make_room(model: Transformer, dtype, device, base: str):
+    """Gives a model from the device "meta" memory for its numbers: weights unset, norms 1, biases 0.
+
+    base "nf4": linear layers get none, and are frozen (nf4.py). ValueError for another than that and "dense".
+    """
+    if base == "nf4":
+        nf4.replace(model)
+    elif base != "dense":
+        raise ValueError(f"base = {base!r} is not one of 'dense', 'nf4'")
+    # In this order, so that bf16 weights never take the room of fp32.
+    model.to(dtype).to_empty(device=device)
+    # to_empty's memory is not cleared, and a file does not fill the rows of parts without a bias.
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.fill_(0.0 if name.endswith(".bias") else 1.0)
 
 
 # --------------------------------------------------------------------------------- Hugging Face's folders, in
@@ -414,14 +442,7 @@ def load(path: str, *, dtype=torch.float32, device="cpu", base="dense") -> Trans
         # Made before the weights are looked for: an option not implemented is the first thing to know.
         model = Transformer(read_json(path, "config.json"))
     shards = find_shards(path)
-    if base == "nf4":
-        nf4.replace(model)
-    # In this order, so that bf16 weights never take the room of fp32.
-    model.to(dtype).to_empty(device=device)
-    # to_empty's memory is not cleared, and the file does not fill the rows of parts without a bias.
-    for name, p in model.named_parameters():
-        if name.endswith(".bias"):
-            nn.init.zeros_(p)
+    make_room(model, dtype, device, base)
     fill(model, path, shards)
     return model.eval()
 

@@ -143,6 +143,11 @@ class NF4Linear(nn.Module):
             raise ValueError(f"shape {tuple(weight.shape)}, config.json asks for {shape}")
         self.quantised[part] = weight.to(self.like.device)
 
+    def fill(self, weight: Tensor):
+        """Takes the weights (rows, D) of all parts, quantised here."""
+        for part, rows in zip(self.parts, weight.split(list(self.parts.values()))):
+            self.put(part, quantise(rows))
+
     def forward(self, x):
         return _NF4Linear.apply(x, self)
 
@@ -191,8 +196,7 @@ def quantise_model(model: nn.Module) -> nn.Module:
     for name in list(found):
         linear = found.pop(name)
         layer = NF4Linear(linear, scratch)
-        for part, rows in zip(linear.parts, linear.weight.split(list(linear.parts.values()))):
-            layer.put(part, quantise(rows.detach()))
+        layer.fill(linear.weight.detach())
         set_module(model, name, layer.train(linear.training))
     return model.requires_grad_(False)
 

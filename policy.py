@@ -15,7 +15,6 @@ import torch
 import data
 import lora
 import model as models
-import nf4
 
 
 def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=torch.float32, device="cpu",
@@ -33,9 +32,7 @@ def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=to
         )
         config = dict(model_type="llama", architectures=["LlamaForCausalLM"], **special)
         config |= dict(vocab_size=len(tokenizer), **scratch)
-        model = models.create(config, seed=seed, dtype=dtype, device=device)
-        if base == "nf4":
-            nf4.quantise_model(model)
+        model = models.create(config, seed=seed, dtype=dtype, device=device, base=base)
         return model, tokenizer, [tokenizer.eos_token_id], ""
 
     from transformers import AutoTokenizer  # here, because importing transformers takes seconds

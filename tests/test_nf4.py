@@ -246,6 +246,12 @@ def test_loading_quantises_as_a_model_in_memory_is(tmp_path, dtype):
     assert not any(p.requires_grad for p in loaded.parameters())
     ids = torch.tensor([1, 2, 3])
     assert torch.equal(loaded.logits(ids), here.logits(ids))
+    # and so does making one of random weights
+    made = models.create(dict(BIASED), seed=0, dtype=dtype, base="nf4")
+    here = nf4.quantise_model(models.create(dict(BIASED), seed=0, dtype=dtype))
+    assert same(buffers(made), buffers(here)) and torch.equal(made.logits(ids), here.logits(ids))
+    with pytest.raises(ValueError, match="'dense', 'nf4'"):
+        models.load(str(tmp_path), base="nf3")
 
 
 def test_the_model_is_never_whole_in_memory_while_it_loads(tmp_path, monkeypatch):

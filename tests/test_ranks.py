@@ -57,6 +57,7 @@ CASES = {
     "minibatches": case(minibatches=4, epochs=2),
     "resampling": case(resample_zero_groups=True, resample_budget=6, rewards=[(by_prompt, 1.0)]),
     "dropout": case(lora_rank=4, lora_alpha=8.0, lora_dropout=0.2, beta=0.1),
+    "base in 4 bits": case(lora_rank=4, lora_alpha=8.0, base="nf4"),
     "a failing reward": case(rewards=[(fails_on_rank_1, 1.0)], save_every=0),
     "a killed process": case(rewards=[(dies_on_rank_1, 1.0)], save_every=0),
     "not divisible": case(prompts_per_step=7),
@@ -79,7 +80,8 @@ def on(processes, tmp_path, name, folder="several"):
 
 
 @pytest.mark.parametrize(
-    "name, processes", [("minibatches", 2), ("minibatches", 4), ("resampling", 2), ("dropout", 2)]
+    "name, processes",
+    [("minibatches", 2), ("minibatches", 4), ("resampling", 2), ("dropout", 2), ("base in 4 bits", 2)],
 )
 def test_several_processes_learn_what_one_does(tmp_path, name, processes):
     """Minibatches, resampled prompts and dropout depended on the number of processes."""

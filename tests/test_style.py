@@ -35,7 +35,7 @@ MAY_IMPORT = {
     # what a run needs
     "config": {"loss"},  # an objective's keywords are config keys
     "rewards": {"data"},
-    "policy": {"data", "lora", "model", "nf4"},
+    "policy": {"data", "lora", "model"},
     "head": {"loss"},
     "batch": {"loss", "model", "ranks", "rollout"},
     "evaluation": {"data", "rewards"},
