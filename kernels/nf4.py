@@ -11,8 +11,8 @@ one would give other last bits, so the kernel is compiled without fusing.
 
 Bytes a weight in bf16: 0.516 read and 2 written, and about 8 operations, so memory is the limit: a layer of
 Qwen2.5-7B (233M weights) should take 0.18 ms of an H100's 3.35 TB/s. It has not been measured on a GPU.
-torch on a CPU looks a byte's two values up at once and multiplies by the scale in place: 2.1 ns a weight on
-one core.
+torch on a CPU looks a byte's two values up at once and multiplies by the scale in place: 1.1 ns a weight on
+one core (SmolLM2-135M's layers).
 
 Dims: n weights of one projection, flat, in blocks of 64; the last block may be shorter.
 """
@@ -33,6 +33,7 @@ NF4 = (
 )  # fmt: skip
 BLOCK = 64  # weights that share a scale
 NESTED = 256  # scales that share a scale of their own
+PIECE = {"cpu": 4096, "cuda": 1 << 20}  # blocks that torch expands at once
 
 
 def expand_ref(packed, absmax, nested_absmax, code, offset, n):
@@ -63,11 +64,15 @@ def expand(packed, absmax, nested_absmax, code, offset, out):
     scale = absmax
     if code is not None:
         scale = scales(absmax, nested_absmax, code, offset)
-    # One look-up a byte: its two values lie side by side, as one number of 64 bits.
-    padded = F.pad(packed, (0, blocks * BLOCK // 2 - len(packed)))
-    pairs = pair_table(packed.device)[padded.int()]  # (blocks * 32,) int64
-    values = pairs.view(torch.float32).view(blocks, BLOCK).mul_(scale[:, None])
-    out.view(-1).copy_(values.view(-1)[:n])
+    # One look-up a byte: its two values lie side by side, as one number of 64 bits. index_select takes a
+    # third of the time of table[..]. A piece at a time, so that what lies between stays in a CPU's cache.
+    table, flat = pair_table(packed.device), out.view(-1)
+    size = PIECE.get(packed.device.type, PIECE["cuda"])
+    for some, of_piece, piece in zip(packed.split(size * 32), scale.split(size), flat.split(size * BLOCK)):
+        some = F.pad(some, (0, len(of_piece) * 32 - len(some)))
+        pairs = table.index_select(0, some.int())  # (bytes,) int64
+        values = pairs.view(torch.float32).view(-1, BLOCK).mul_(of_piece[:, None])
+        piece.copy_(values.view(-1)[: len(piece)])
     return out
 
 
@@ -78,7 +83,7 @@ def triton_cdiv(n: int, size: int) -> int:
 def scales(absmax, nested_absmax, code, offset):
     """The scale of each block, fp32, from its 8 bits."""
     nested = nested_absmax.repeat_interleave(NESTED)[: len(absmax)]
-    return (code[absmax.int()] * nested).add_(offset)
+    return code.index_select(0, absmax.int()).mul_(nested).add_(offset)
 
 
 @lru_cache
