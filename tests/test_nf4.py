@@ -221,6 +221,22 @@ def test_sampler_logp_is_trainer_logp_on_a_base_in_4_bits(dtype):
     assert difference.max() < 2e-5 if dtype == torch.float32 else difference.mean() < 0.05
 
 
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_real_models_sampler_logp_is_its_trainers_in_4_bits(smollm2):
+    model = lora.apply(models.load(smollm2, base="nf4"), rank=8, alpha=16.0, targets=ALL)
+    g = torch.Generator().manual_seed(9)
+    for layer in lora.layers(model).values():
+        for B in layer.B:
+            B.data = torch.randn(B.shape, generator=g) * 0.01
+    prompts = [[504, 3575, 282, 1190, 314], [3725, 314, 260, 2240, 1517, 47]]
+    out = generate(model, prompts, group_size=3, max_new_tokens=20, stop_ids=[2])
+    with torch.no_grad():
+        logp, _, _ = model.completion_logprobs(prompts, [out.group(b, 3) for b in range(2)])
+    drawn = torch.tensor([x for row in out.logprobs for x in row])
+    assert (logp - drawn).abs().max() < 1e-4
+
+
 def test_what_is_exported_is_the_expanded_model_with_its_adapters(tmp_path):
     quantised, dense = in_4_bits(BIASED, dtype=torch.bfloat16)
     assert same(lora.merged_state(quantised), lora.merged_state(dense))

@@ -433,6 +433,28 @@ def test_nf4_expands_to_the_bits_of_its_definition(n, dtype):
         assert room[0] == before[0] and room[-1] == before[-1]
 
 
+NOTHING_FUSED = """
+import re, sys
+sys.path.insert(0, "bench")
+import compile_check as check
+check.switch.MODE = "triton"
+for fn, name, args, kwargs in list(check.launches(90, "NF4")):
+    types, constants, attrs = check.signature(fn, args, kwargs)
+    for fuse in (True, kwargs["enable_fp_fusion"]):
+        source = check.ASTSource(fn, types, constants, attrs)
+        target = check.GPUTarget("cuda", 90, 32)
+        kernel = check.triton.compile(source, target=target, options=dict(enable_fp_fusion=fuse))
+        print("fma" if "fma" in kernel.asm["ptx"] else "apart", end=" ")
+"""
+
+
+@pytest.mark.slow
+def test_nf4_on_a_gpu_fuses_no_multiplication_with_an_addition():
+    """Fused, scales would not be bitsandbytes' to the bit. The interpreter never fuses, so it cannot tell."""
+    out = subprocess.run([sys.executable, "-c", NOTHING_FUSED], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.split() == ["fma", "apart", "apart", "apart"] * 3, out.stdout + out.stderr
+
+
 def test_a_model_in_4_bits_computes_with_the_kernel_what_it_does_with_torch(tiny):
     model = nf4.quantise_model(tiny.to(DEVICE))
     ours = [layer.dense().clone() for layer in nf4.layers(model).values()]

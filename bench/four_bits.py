@@ -1,7 +1,7 @@
 """A model in 4 bits beside itself: what it loses in perplexity, and what loading takes in memory and time.
 
-    python bench/nf4.py --model=models/smollm2-135m --file=data/gsm8k/test.jsonl --rows=200
-    python bench/nf4.py --model=.. --only=load              # without a text
+    python bench/four_bits.py --model=models/smollm2-135m --file=data/gsm8k/test.jsonl --rows=200
+    python bench/four_bits.py --model=.. --only=load              # without a text
 
 Perplexity is exp of the mean surprise of all tokens but the first of a row, which is its "question" and
 "answer" (all values that are texts). Compared are the weights in `--dtype`, the same in 4 bits as
