@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 import lora
 import model as models
 import nf4
+import sample
 import train
 from conftest import TINY, rows, same, settings
 from kernels.nf4 import NF4, expand, expand_ref
+from policy import load_policy
 from rollout import generate
 
 ALL = models.ATTENTION + models.MLP
@@ -357,6 +359,30 @@ def test_what_bitsandbytes_writes_is_read(tmp_path):
     assert name == names and torch.equal(in_full(weight), theirs.dequantize_4bit(packed, state))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("double", [True, False])
+def test_what_transformers_saves_in_4_bits_is_read(tmp_path, double, dtype):
+    """Every projection to the bit; and doubly quantised it is what we make of the weights in full."""
+    theirs = bitsandbytes()
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BIASED | dict(hidden_size=64, intermediate_size=128, architectures=["Qwen2ForCausalLM"])
+    models.save(models.create(config, seed=0), str(tmp_path / "full"))
+    kind = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    saved = AutoModelForCausalLM.from_pretrained(
+        str(tmp_path / "full"), dtype=dtype, quantization_config=BitsAndBytesConfig(**kind)
+    )
+    saved.save_pretrained(str(tmp_path / "4"))
+    ours = models.load(str(tmp_path / "4"), dtype=dtype, base="nf4")
+    made = models.load(str(tmp_path / "full"), dtype=dtype, base="nf4")
+    for i, layer in enumerate(saved.model.layers):
+        parts = [getattr(layer.self_attn, name).weight for name in ("q_proj", "k_proj", "v_proj")]
+        want = torch.cat([theirs.dequantize_4bit(p.data, p.quant_state) for p in parts])
+        assert torch.equal(ours.blocks[i].qkv.dense(), want)
+        assert torch.equal(made.blocks[i].qkv.dense(), want) == double
+
+
 def lose(end):
     def change(stored):
         stored.pop(f"model.layers.0.mlp.up_proj.weight{end}")
@@ -416,6 +442,21 @@ def test_a_run_on_4_bits_says_so_and_is_not_the_run_on_the_weights_in_full(tmp_p
         assert "23,296 parameters" in told
         norms.append(rows(tmp_path / base / "metrics.jsonl")[0]["grad_norm"])
     assert norms[0] != norms[1] and norms[0] == pytest.approx(norms[1], rel=0.5)
+
+
+def test_a_runs_adapter_is_sampled_and_merged_on_the_base_it_was_trained_on(tmp_path, capsys):
+    """Merged into the weights in full, it would be another model than the one that was trained."""
+    assert train.main(settings(tmp_path, **KEYS)) == 0
+    saved, merged = tmp_path / "run" / "ckpt" / "step_000001", tmp_path / "merged"
+    sample.main([f"--model={saved}", "--base=nf4", f"--merge={merged}", "--device=cpu"])
+    model, *_ = load_policy(str(saved), base="nf4")
+    assert nf4.layers(model) and lora.layers(model)
+    found = dict(models.load(str(merged)).named_parameters())
+    assert same(found, lora.merged_state(model))
+    dense, *_ = load_policy(str(saved))
+    assert not same(found, lora.merged_state(dense))
+    sample.main([f"--model={saved}", "--base=nf4", "--device=cpu", "--max_new_tokens=3", "1+1="])
+    assert "tokens" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_the_base_it_was_started_on(tmp_path):
