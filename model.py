@@ -324,7 +324,7 @@ def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu", base="
     for name, shape in shapes.items():
         if len(shape) == 1:  # norms and biases stay at 1 and 0
             continue
-        weight = torch.randn(shape, generator=generator) * spread
+        weight = torch.randn(shape, generator=generator).mul_(spread)
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, nf4.NF4Linear):
             module.fill(weight.to(module.like))
