@@ -356,6 +356,25 @@ def test_8_bits_do_not_jump_where_a_second_moment_is_small_in_its_block():
     assert (weight[2::256] == 0).all()  # what never had a gradient has not moved
 
 
+def numbers(factor):
+    return ((torch.arange(16 * 256) * factor % 101 - 50).float() / 64).view(16, 256)
+
+
+def test_8_bits_are_what_bitsandbytes_had_after_one_update():
+    """Values of bitsandbytes 0.50.2, AdamW8bit on a CPU."""
+    weight = nn.Parameter(numbers(29))
+    opt = AdamW([("w", weight)], lr=1.0, bits=8, **OPTIONS)
+    weight.grad = numbers(37)
+    opt.step(1e-3)
+    state = opt.state()
+    assert (state["exp_avg_absmax.w"] == 0.078125).all()
+    assert (state["exp_avg_sq_absmax.w"] == 0.030517578125).all()
+    first = [0, 52, 218, 14, 78, 232, 28, 193, 246, 42, 208, 4]
+    second = [255, 103, 145, 203, 40, 178, 163, 69, 222, 135, 129, 238]
+    assert state["exp_avg.w"][0, :12].tolist() == first and state["exp_avg_sq.w"][0, :12].tolist() == second
+    assert weight[0, :4].tolist() == pytest.approx([-0.7801719, -0.3270922, 0.1239875, 0.5790672], abs=1e-7)
+
+
 def moments_as_bitsandbytes_has_them(steps):
     """Updates of ours and of bitsandbytes.optim.AdamW8bit on the same gradients: [(ours, theirs)]."""
     theirs = pytest.importorskip("bitsandbytes.optim", reason="bitsandbytes is the oracle here")
