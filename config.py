@@ -36,6 +36,7 @@ class Config:
     # -- model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # checkpoint folder, or hub id
     adapter: str = ""  # PEFT adapter folder to start from; "" starts from a fresh adapter
+    base: str = "dense"  # the weights under LoRA: dense (in dtype) | nf4 (projections in 4 bits, QLoRA)
     scratch: dict | None = None  # instead of `model`: sizes, as in a config.json, of random weights
     alphabet: str = ""  # the characters a scratch model's tokenizer knows
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
@@ -101,6 +102,7 @@ class Config:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
+    optimizer_bits: int = 32  # 8: Adam's moments of large tensors in 8 bits, 2 bytes a parameter for 8
     shard_optimizer: bool = False  # several processes share moments and masters (ZeRO-1): the same bits
     max_grad_norm: float = 1.0
     # -- LoRA
@@ -355,6 +357,8 @@ def wrong_type(key: str, value):
 
 # ---------------------------------------------------------------------------------------------- values
 CHOICES = dict(
+    base=("dense", "nf4"),
+    optimizer_bits=(32, 8),
     dtype=("auto", "float32", "bfloat16"),
     objective=tuple(OBJECTIVES),
     aggregate=tuple(AGGREGATES),
@@ -403,7 +407,7 @@ def check_values(c: Config) -> Config:
     for key, choices in CHOICES.items():
         value = getattr(c, key)
         if value not in choices and not callable(value):
-            near = difflib.get_close_matches(str(value), choices, 1, 0.6)
+            near = difflib.get_close_matches(str(value), map(str, choices), 1, 0.6)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{key} = {value!r:.80} is not one of {', '.join(map(repr, choices))}{hint}")
     for key, interval in RANGES.items():
@@ -469,6 +473,16 @@ def refuse_reference(c: Config):
 
 
 def refuse_merging(c: Config):
+    if c.base == "nf4" and not c.lora_rank:
+        raise ValueError(
+            "base = 'nf4' holds frozen weights, which full fine-tuning (lora_rank = 0) would have to change: "
+            "give --lora_rank=16, or --base=dense"
+        )
+    if c.base == "nf4" and c.lora_merge == "on":
+        raise ValueError(
+            "lora_merge = 'on' keeps the merged weights in full, four times what base = 'nf4' holds: "
+            "leave lora_merge at 'auto'"
+        )
     if c.lora_merge == "on" and c.lora_dropout:
         raise ValueError(
             "lora_merge = 'on' has one input for base and adapter, so it cannot have lora_dropout: "

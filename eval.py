@@ -61,7 +61,7 @@ def main(cfg):
     with progress.doing(f"loading the model {configs.model_name(cfg)}"):
         model, tokenizer, stop_ids, _ = load_policy(
             cfg.model, adapter=cfg.adapter, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed,
-            dtype=dtype, device=device,
+            dtype=dtype, device=device, base=cfg.base,
         )  # fmt: skip
     sampler = Sampler(model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
     print(show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids))

@@ -18,12 +18,13 @@ import lora
 import model as models
 
 
-def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=torch.float32, device="cpu"):
+def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=torch.float32, device="cpu",
+                base="dense"):  # fmt: skip
     """(model, tokenizer, stop ids, path of the base) of a checkpoint folder or hub id.
 
     scratch: sizes (keys of a config.json) of a model of random weights instead, whose tokenizer knows
-    `alphabet`. An adapter (its own folder, or `path` itself being one) is put on with LoRA. Raises
-    ValueError as model.load and lora.load_adapter do.
+    `alphabet`. An adapter (its own folder, or `path` itself being one) is put on with LoRA. base: "nf4" holds
+    the projections in 4 bits (nf4.py). Raises ValueError as model.load and lora.load_adapter do.
     """
     if scratch is not None:
         tokenizer = data.char_tokenizer(alphabet)
@@ -32,14 +33,14 @@ def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=to
         )
         config = dict(model_type="llama", architectures=["LlamaForCausalLM"], **special)
         config |= dict(vocab_size=len(tokenizer), **scratch)
-        model = models.create(config, seed=seed, dtype=dtype, device=device)
+        model = models.create(config, seed=seed, dtype=dtype, device=device, base=base)
         return model, tokenizer, [tokenizer.eos_token_id], ""
 
     from transformers import AutoTokenizer  # here, because importing transformers takes seconds
 
     folder, its_adapter, path = find_model(path)
     adapter = adapter or its_adapter
-    model = models.load(folder, dtype=dtype, device=device)
+    model = models.load(folder, dtype=dtype, device=device, base=base)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if adapter:
         lora.load_adapter(model, adapter)

@@ -24,6 +24,7 @@ import data
 import kernels
 import lora
 import loss
+import nf4
 import optim
 import progress
 import ranks
@@ -89,6 +90,7 @@ class Run:
             lr=cfg.lr,
             betas=(cfg.adam_beta1, cfg.adam_beta2),
             weight_decay=cfg.weight_decay,
+            bits=cfg.optimizer_bits,
             owners=owners,
             rank=ranks.rank(),
         )
@@ -163,7 +165,9 @@ class Run:
         if self.resumed or not made_here:
             full_checkpoint = self.resumed is not None and not cfg.lora_rank  # then it is the whole model
             path = str(self.resumed) if full_checkpoint else self.base
-            loaded = load_policy(path, adapter=cfg.adapter, dtype=self.dtype, device=self.device)
+            loaded = load_policy(
+                path, adapter=cfg.adapter, dtype=self.dtype, device=self.device, base=cfg.base
+            )
             self.model, self.tokenizer, self.stop_ids, base = loaded
             if cfg.lora_rank:
                 self.base = base
@@ -205,6 +209,8 @@ class Run:
                     f"the model that training starts from could not be written to {folder} "
                     f"({error.strerror}): free some room, or choose another disk, --out_dir=PATH"
                 ) from error
+        if cfg.base == "nf4":  # as it will be read from the folder when the run is resumed
+            nf4.quantise_model(self.model)
 
     def load_adapter(self):
         """Puts LoRA on the model: a fresh adapter, the one that training starts
@@ -354,9 +360,10 @@ def merges_adapters(cfg, model) -> bool:
 
     The adapter then costs nothing in sampling, where its thin products double a decoding step on a GPU, and
     the policy is to the bit the model that is exported. It takes a second copy of the adapted weights, since
-    the reference needs W. "auto": on a GPU with room for that copy four times over, and without dropout.
+    the reference needs W. "auto": on a GPU with room for that copy four times over, without dropout, and
+    never on a base in 4 bits, which that copy would be four times of.
     """
-    if not cfg.lora_rank or cfg.lora_merge == "off":
+    if not cfg.lora_rank or cfg.lora_merge == "off" or cfg.base == "nf4":
         return False
     if cfg.lora_merge == "on":
         return True

@@ -20,9 +20,9 @@ OURS = ("config.json", "metrics.jsonl", "rollouts", "ckpt", "start", "report.htm
 
 # Keys that weights, data order and draws depend on: a resumed run must have the same.
 IDENTITY = (
-    "model", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed",
+    "model", "base", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed",
     "sft_steps", "sft_batch", "sft_lr", "task", "task_options", "train_file", "system_prompt", "prefill",
-    "prompts_per_step",
+    "prompts_per_step", "optimizer_bits",
 )  # fmt: skip
 # Keys of how a run is watched or where it runs; their change is nobody's business.
 UNSAID = ("resume", "out_dir", "device", "threads", "wandb", "wandb_project", "show_every", "rollouts_every")

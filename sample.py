@@ -6,8 +6,9 @@
     python sample.py --model=out/gsm8k/ckpt/step_000100 --merge=FOLDER     # adapter into base
 
 --model (or a folder as the first word): a Hugging Face folder, a hub id, the folder of a run, whose system
-prompt and prefill are then the defaults, or the folder of an adapter, whose base is then looked up in its
-adapter_config.json. In a chat Ctrl-C ends an answer and Ctrl-D the chat.
+prompt, prefill and base are then the defaults, or the folder of an adapter, whose base is then looked up in
+its adapter_config.json (one that was trained with base="nf4" wants --base=nf4). In a chat Ctrl-C ends an
+answer and Ctrl-D the chat.
 """
 
 import progress
@@ -29,7 +30,7 @@ from rollout import Sampler
 
 FLAGS = dict(
     model="", adapter="", system="", prefill="", samples=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-    max_new_tokens=256, seed=0, device="auto", dtype="auto", threads=0, merge="",
+    max_new_tokens=256, seed=0, device="auto", dtype="auto", threads=0, base="", merge="",
 )  # fmt: skip
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 USAGE = 'usage: python sample.py --model=FOLDER_OR_HUB_ID [--merge=FOLDER] ["prompt"]; there are --'
@@ -69,7 +70,7 @@ def as_trained(flags: dict) -> dict:
     about = json.loads(path.read_text()) if path.is_file() else {}
     if "run" not in about:
         return flags
-    keys = dict(system="system_prompt", prefill="prefill")
+    keys = dict(system="system_prompt", prefill="prefill", base="base")
     return flags | {flag: flags[flag] or about["config"].get(key, "") for flag, key in keys.items()}
 
 
@@ -93,7 +94,10 @@ class Talker:
         self.flags = flags
         device, dtype = pick_device(flags["device"], flags["dtype"], flags["threads"])
         with progress.doing(f"loading the model {flags['model']}"):
-            loaded = load_policy(flags["model"], adapter=flags["adapter"], dtype=dtype, device=device)
+            loaded = load_policy(
+                flags["model"], adapter=flags["adapter"], dtype=dtype, device=device,
+                base=flags["base"] or "dense",
+            )  # fmt: skip
         self.model, self.tokenizer, self.stop_ids, _ = loaded
         self.sampler = Sampler(self.model, block=1)  # every token at once
         self.options = {key: flags[key] for key in SAMPLING}

@@ -13,6 +13,7 @@ import torch
 
 import config as configs
 import data
+import nf4
 import rewards as rewarding
 import rollout
 from evaluation import summary
@@ -69,9 +70,11 @@ def cut(text: str, width: int) -> str:
 
 def what_is_trained(run) -> str:
     cfg, model = run.cfg, run.model
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters()) + nf4.weights_in(model)
     trained = sum(p.numel() for p in run.optimizer.params)
     how = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else "full"
+    if cfg.base == "nf4":
+        how += " on a base in 4 bits"
     device = f"CPU, {torch.get_num_threads()} threads"
     if run.device.startswith("cuda"):
         device = torch.cuda.get_device_name()
@@ -102,7 +105,7 @@ def memory_plan(run, prompt_tokens: int) -> str:
         prompt_tokens=prompt_tokens,
         new_tokens=cfg.max_new_tokens,
     )
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     state = sum(t.nbytes for t in run.optimizer.state().values()) + 4 * trained
     reference = "none"
     if cfg.beta:

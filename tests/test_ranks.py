@@ -68,10 +68,13 @@ CASES = {
     "minibatches": case(minibatches=4, epochs=2),
     "resampling": case(resample_zero_groups=True, resample_budget=6, rewards=[(by_prompt, 1.0)]),
     "dropout": case(lora_rank=4, lora_alpha=8.0, lora_dropout=0.2, beta=0.1),
+    "base in 4 bits": case(lora_rank=4, lora_alpha=8.0, base="nf4"),
     "a failing reward": case(rewards=[(fails_on_rank_1, 1.0)], save_every=0),
     "a killed process": case(rewards=[(dies_on_rank_1, 1.0)], save_every=0),
     "not divisible": case(prompts_per_step=7),
     "bf16": case(dtype="bfloat16"),
+    "8 bits": case(dtype="bfloat16", optimizer_bits=8),
+    "8 bits, shared": case(dtype="bfloat16", optimizer_bits=8, shard_optimizer=True),
     "bf16, shared": case(dtype="bfloat16", shard_optimizer=True),
     "lora, shared": case(lora_rank=4, lora_alpha=8.0, beta=0.1, shard_optimizer=True),
     "lora": case(lora_rank=4, lora_alpha=8.0, beta=0.1),
@@ -93,7 +96,8 @@ def on(processes, tmp_path, name, folder="several"):
 
 
 @pytest.mark.parametrize(
-    "name, processes", [("minibatches", 2), ("minibatches", 4), ("resampling", 2), ("dropout", 2)]
+    "name, processes",
+    [("minibatches", 2), ("minibatches", 4), ("resampling", 2), ("dropout", 2), ("base in 4 bits", 2)],
 )
 def test_several_processes_learn_what_one_does(tmp_path, name, processes):
     """Minibatches, resampled prompts and dropout depended on the number of processes."""
@@ -167,7 +171,7 @@ def test_prompts_that_processes_cannot_share_evenly_are_refused_once(tmp_path):
     assert not (tmp_path / "several").exists()
 
 
-@pytest.mark.parametrize("name, processes", [("bf16", 2), ("lora", 4)])
+@pytest.mark.parametrize("name, processes", [("bf16", 2), ("lora", 4), ("8 bits", 2)])
 def test_a_shared_optimiser_changes_no_bit_and_its_checkpoint_is_anybodys(tmp_path, name, processes):
     for folder, which in (("apart", name), ("shared", f"{name}, shared")):
         out = on(processes, tmp_path, which, folder)

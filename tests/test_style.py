@@ -15,7 +15,8 @@ MAY_IMPORT = {
     # pure: torch, numpy and the standard library
     "loss": set(),
     "data": set(),
-    "optim": set(),
+    "blocks": set(),
+    "optim": {"blocks"},
     "checkpoint": set(),
     "ranks": set(),
     "shape": set(),
@@ -29,7 +30,8 @@ MAY_IMPORT = {
     "report": {"picture"},  # reads what a run left: nothing of a run knows of it but train.py's last line
     # a model, and sampling from it
     "packing": set(),
-    "model": {"packing", "shape"},
+    "nf4": {"blocks"},
+    "model": {"nf4", "packing", "shape"},
     "lora": set(),
     "decode": {"cache"},
     "rollout": {"cache", "decode", "model", "progress"},
@@ -42,19 +44,19 @@ MAY_IMPORT = {
     "evaluation": {"data", "rewards"},
     "checks": {"config", "data", "policy", "progress", "rewards", "shape", "usage"},
     "warmup": {"data", "model", "optim", "progress"},
-    "screen": {"config", "data", "evaluation", "ranks", "rewards", "rollout"},
+    "screen": {"config", "data", "evaluation", "nf4", "ranks", "rewards", "rollout"},
     "trackers": {"config", "screen"},
     "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen", "trackers"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"checks", "fingerprint", "memory", "progress", "rollout", "rundir", "warmup"}
+MAY_IMPORT["run"] |= {"checks", "fingerprint", "memory", "nf4", "progress", "rollout", "rundir", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
-ALONE = ["loss", "data", "optim", "ranks", "shape", "kernels/switch", "kernels/attention"]
+ALONE = ["loss", "data", "blocks", "ranks", "shape", "kernels/switch", "kernels/attention"]
 # With kernels/switch.py beside it, and nothing else of ours.
 SANDBOX = ["tasks/inside.py", "tasks/isolation.py", "tasks/sandbox.py"]
-WITH_SWITCH = ["flash_attention", "logprob", "lora_linear", "rms_norm", "rope", "sample", "swiglu"]
+WITH_SWITCH = ["flash_attention", "logprob", "lora_linear", "nf4", "rms_norm", "rope", "sample", "swiglu"]
 
 
 def name_of(path):
