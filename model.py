@@ -247,23 +247,6 @@ class Transformer(nn.Module):
         sin = (torch.sin(angles) * self.rope_scale).to(self.dtype)
         return cos, sin
 
-    def bytes_per_token(self) -> int:
-        """About what a forward keeps of each token for the backward, without the head's chunks.
-
-        A layer keeps its two inputs, their norms and the two sums, q, k, v before and after the rotation, the
-        attention's output, and gate, up and their product. Light, two sums, rotated q, k and v, the output,
-        gate and up. With "layers", its input alone. One layer at a time has everything.
-        """
-        s = self.shape
-        rotated, attended = (s.H + s.K) * s.E, s.H * s.E
-        everything = 6 * s.D + (s.H + 2 * s.K) * s.E + rotated + attended + 3 * s.intermediate
-        kept = s.L * everything
-        if self.checkpointing == "light":
-            kept = s.L * (2 * s.D + rotated + s.K * s.E + attended + 2 * s.intermediate) + everything
-        if self.checkpointing == "layers":
-            kept = s.L * s.D + everything
-        return kept * self.embed.itemsize
-
     def logits(self, ids):
         """Next-token logits (T, V) fp32 of one sequence ids (T,)."""
         # A sequence by itself is a prompt that nobody completes.
