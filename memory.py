@@ -60,7 +60,8 @@ def kept_per_token(shape, checkpointing: str) -> int:
 
     A layer keeps its two inputs, their norms and the two sums, q, k, v before and after the rotation, the
     attention's output, and gate, up and their product. Light, two sums, rotated q and k, v, the output,
-    gate and up. With "layers", its input alone. One layer at a time has everything.
+    gate and up. With "layers", its input alone; with "offload" that lies in the host's memory. One layer at a
+    time has everything.
     """
     rotated, attended = (shape.H + shape.K) * shape.E, shape.H * shape.E
     everything = 6 * shape.D + (shape.H + 2 * shape.K) * shape.E + rotated + attended + 3 * shape.intermediate
@@ -69,6 +70,8 @@ def kept_per_token(shape, checkpointing: str) -> int:
         return shape.L * light + everything
     if checkpointing == "layers":
         return shape.L * shape.D + everything
+    if checkpointing == "offload":
+        return everything
     return shape.L * everything
 
 
@@ -106,7 +109,7 @@ def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=
     groups = prompts if first else group_places(slots, cfg.group_size, prompts)
     sizes = dict(groups=groups, slots=slots, prompt_tokens=prompt_tokens, new_tokens=cfg.max_new_tokens)
     cache = cache_bytes(shape, width, **sizes)
-    one_layer = kept_per_token(shape, "layers") - shape.L * shape.D
+    one_layer = kept_per_token(shape, "offload")
     prefill = min(prompts * prompt_tokens, PREFILL[device]) * one_layer * width
     sampling = {"keys and values": cache, "logits": logits_bytes(shape, slots), "prefill": prefill}
     if device == "cpu" and cfg.max_new_tokens >= 16:
@@ -201,7 +204,8 @@ def head_gradient(cfg, shape, device: str) -> int:
     """The head's own gradient gathers in fp32 beside the others.
 
     Where the embedding is the same tensor it gets a second one, and a third is their sum. That is at the end
-    of the backward, when a GPU has the activations' memory back; a CPU's C library keeps it for small tensors.
+    of the backward, when a GPU has the memory of activations back; a CPU's C library keeps that of small
+    tensors.
     """
     if cfg.lora_rank:
         return 0

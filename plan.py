@@ -109,8 +109,10 @@ def automatic_tokens(cfg, shape, gpu_gb: float, prompt_tokens: int) -> int:
 
 def what_to_change(cfg) -> str:
     """The cheapest thing to change where a config does not fit, in the order of what it costs."""
-    if cfg.checkpointing != "layers":
+    if cfg.checkpointing not in ("layers", "offload"):
         return "--checkpointing=layers keeps a layer's input alone, for a third more time in the update"
+    if cfg.checkpointing == "layers":
+        return "--checkpointing=offload keeps those inputs in the host's memory"
     if cfg.micro_tokens == 0 or cfg.micro_tokens > LEAST_TOKENS:
         return f"--micro_tokens={LEAST_TOKENS} takes fewer tokens at once"
     if not cfg.lora_rank:
@@ -131,7 +133,7 @@ def times(cfg, shape, prompt_tokens: int) -> dict[str, float]:
     step = (weights * width + keys) / H100["bandwidth"] / H100["sample_share"]
     tokens = drawn + cfg.prompts_per_step * prompt_tokens
     passes = 4 if cfg.lora_rank else 6  # forward, and the gradients of states, and of weights
-    if cfg.checkpointing == "layers":
+    if cfg.checkpointing in ("layers", "offload"):
         passes += 2
     update = (passes * cfg.epochs + 2 * bool(cfg.beta)) * weights * tokens / H100["operations"]
     return dict(sample=drawn / slots * step, update=update / H100["update_share"])

@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_told_what_to_change(capsys):
     flags = [
         "--model=Qwen/Qwen2.5-7B-Instruct",
         "--gpu_gb=16",
-        "--checkpointing=layers",
+        "--checkpointing=offload",
         "--micro_tokens=4096",
     ]
     plan.main(["configs/gsm8k.py", *flags])
