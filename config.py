@@ -39,7 +39,7 @@ class Config:
     base: str = "dense"  # the weights under LoRA: dense (in dtype) | nf4 (projections in 4 bits, QLoRA)
     scratch: dict | None = None  # instead of `model`: sizes, as in a config.json, of random weights
     alphabet: str = ""  # the characters a scratch model's tokenizer knows
-    dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
+    dtype: str = "auto"  # float32 | bfloat16 | float16; auto: float32 on a CPU, bfloat16 on a GPU that has it
     device: str = "auto"  # cpu | cuda | cuda:1; auto: the GPU if there is one
     threads: int = 0  # CPU threads of torch; 0: one a core
     # -- data
@@ -360,7 +360,7 @@ def wrong_type(key: str, value):
 CHOICES = dict(
     base=("dense", "nf4"),
     optimizer_bits=(32, 8),
-    dtype=("auto", "float32", "bfloat16"),
+    dtype=("auto", "float32", "bfloat16", "float16"),
     objective=tuple(OBJECTIVES),
     aggregate=tuple(AGGREGATES),
     advantage=tuple(SCALES),

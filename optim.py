@@ -55,6 +55,7 @@ class AdamW:
     """AdamW over `named_params`, [(name, parameter)]; those with requires_grad=False are left out.
 
     bits: 32, or 8 for the moments of tensors with at least 4,096 numbers.
+    scaled: the loss is multiplied by `loss_scale` before its backward, for fp16 (LossScale).
     owners: the rank that updates each of the trained parameters, and `rank`, who we are; None: all are ours.
     weight_decay: decoupled (w -= lr * weight_decay * w), on tensors of at least `decay_from_dims` dims.
     Pulling norm gains and biases to zero changes the scale of whole layers and regularises nothing.
@@ -73,6 +74,7 @@ class AdamW:
         owners: list[int] | None = None,
         rank: int = 0,
         bits: int = 32,
+        scaled: bool = False,
     ):
         trainable = [(name, param) for name, param in named_params if param.requires_grad]
         refuse_nothing_and_twice(trainable)
@@ -117,6 +119,7 @@ class AdamW:
         # torch refuses no group at all: a rank may own nothing where there are more ranks than parameters
         groups = groups or [{"params": [torch.zeros(0, requires_grad=True)], "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+        self.scale = LossScale() if scaled else None
         self.updates = torch.zeros(())  # how many there were: what torch counts for each parameter
         self._make_moments(fused)
 
@@ -139,6 +142,11 @@ class AdamW:
     def masters(self) -> list[tuple[int, Tensor]]:
         """(number of the parameter, what is updated of it): of ours, where ranks share them."""
         return [(i, t) for i, (t, mine) in enumerate(zip(self.fp32, self.mine)) if mine]
+
+    @property
+    def loss_scale(self) -> float:
+        """What to multiply a loss by before its backward: a power of two, 1 where nothing is scaled."""
+        return 1.0 if self.scale is None else float(self.scale.value)
 
     def grads(self) -> Iterator[Tensor]:
         """The fp32 gradient of every parameter, in the order given, to be changed in place (all-reduce).
@@ -176,9 +184,15 @@ class AdamW:
 
         Raises FloatingPointError, with weights, moments and gradients untouched, if the norm is not
         finite. One NaN would stay in the moments for ever, and clipping by an infinite norm would
-        quietly turn the step into zeros.
+        quietly turn the step into zeros. Where the loss is scaled the update is left out, the scale halved,
+        and the norm returned as it is.
         """
+        if self.scale is not None:
+            for grad in self.grads():
+                grad.div_(self.scale.value.to(grad.device))
         norm = self.grad_norm()
+        if self.scale is not None and self.scale.overflows(norm):
+            return norm
         # The one wait for the device in an update.
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -229,11 +243,14 @@ class AdamW:
                 if t is not param:
                     tensors[f"master.{name}"] = t
         tensors["step"] = self.updates
+        if self.scale is not None:
+            tensors |= {"loss_scale": self.scale.value, "loss_scale_good": self.scale.good}
         return tensors
 
     def whole_state(self) -> dict[str, Tensor]:
         """What state() is where nothing is shared, on the device "meta": names, shapes, dtypes and bytes."""
-        tensors = {"step": torch.empty((), device="meta")}
+        names = ["step"] if self.scale is None else ["step", "loss_scale", "loss_scale_good"]
+        tensors = {name: torch.empty((), device="meta") for name in names}
         for name, param in zip(self.names, self.params):
             found = first_moments(param, self.bits, "meta")
             if param.dtype.itemsize < 4:
@@ -263,6 +280,41 @@ class AdamW:
         """Our weights below 32 bits := their masters, in place: CUDA graphs hold these very addresses."""
         if self.low:
             torch._foreach_copy_([param for param, _ in self.low], [master for _, master in self.low])
+
+
+class LossScale:
+    """How much a loss is multiplied by, so that fp16's gradients neither vanish nor overflow.
+
+    fp16 has no number below 6e-8, and most gradients of a model are. As torch.amp.GradScaler has it: halved
+    when a gradient overflows, and that update is left out; doubled after 2,000 updates without
+    (arXiv:1710.03740). A power of two, so that multiplying and dividing round nothing.
+    """
+
+    FIRST, PATIENCE = 65_536.0, 2000
+
+    def __init__(self):
+        self.value = torch.tensor(self.FIRST)
+        self.good = torch.zeros(())  # updates since it was changed
+
+    def overflows(self, norm: Tensor) -> bool:
+        """Whether a gradient of this norm has overflowed; the scale follows.
+
+        FloatingPointError where a loss that is not scaled up at all still overflows.
+        """
+        if torch.isfinite(norm):
+            self.good += 1
+            if self.good >= self.PATIENCE:
+                self.value *= 2
+                self.good.zero_()
+            return False
+        if self.value <= 1:
+            raise FloatingPointError(
+                f"the gradient norm is {norm.item()} in fp16 and the loss is not scaled up any more: "
+                "fp16 is too narrow for this model, use --dtype=float32, or bfloat16 where there is one"
+            )
+        self.value /= 2
+        self.good.zero_()
+        return True
 
 
 def is_8_bit(t: Tensor, bits: int) -> bool:

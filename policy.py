@@ -86,7 +86,8 @@ def save_policy(model, tokenizer, stop_ids, folder, *, base):
 def pick_device(device: str, dtype: str, threads: int = 0) -> tuple[str, torch.dtype]:
     """("cuda", "cpu" or "mps", dtype) for a config's "auto"; sets torch's CPU threads (0: one a core).
 
-    "auto" is bf16 on a GPU and fp32 on a CPU: most CPUs have no bf16 and emulate it 50 times slower.
+    "auto" is fp32 on a CPU, most of which have no bf16 and emulate it 50 times slower, and bf16 on a GPU, or
+    fp16 with a scaled loss on one that has no bf16 (V100, T4).
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
@@ -97,5 +98,9 @@ def pick_device(device: str, dtype: str, threads: int = 0) -> tuple[str, torch.d
     if device == "mps":  # every kernel takes its torch form there
         print("device = 'mps' is untested: look at the first steps, and compare with --device=cpu")
     if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        dtype = "float32"
+        if device.startswith("cuda"):
+            dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+            if dtype == "float16":
+                print("this GPU has no bfloat16: float16, with a scaled loss (--dtype=float32 is slower)")
     return device, getattr(torch, dtype)

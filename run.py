@@ -93,6 +93,7 @@ class Run:
             betas=(cfg.adam_beta1, cfg.adam_beta2),
             weight_decay=cfg.weight_decay,
             bits=cfg.optimizer_bits,
+            scaled=self.dtype == torch.float16,
             owners=owners,
             rank=ranks.rank(),
         )

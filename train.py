@@ -64,9 +64,9 @@ from screen import evaluated, finish, header, legend, line, say_memory, show_sam
 from trackers import push
 
 # Largest |trainer - sampler| in nats that rounding explains. fp32 is compared by its worst token. In bf16
-# single tokens differ by tenths between two correct implementations, so there the mean is what tells a
-# wrong model from a rounded one.
-MISMATCH = {torch.float32: ("max", 1e-3), torch.bfloat16: ("mean", 0.05)}
+# single tokens differ by tenths between two correct implementations, so there, and in fp16, the mean is what
+# tells a wrong model from a rounded one.
+MISMATCH = {torch.float32: ("max", 1e-3), torch.bfloat16: ("mean", 0.05), torch.float16: ("mean", 0.05)}
 # Added to the seed for the prompts of dynamic sampling, so that they are neither the steps' nor the
 # warm-up's.
 EXTRA_PROMPTS = 7_919
@@ -156,6 +156,8 @@ def train_step(run, number: int) -> dict:
     # one is gone, this step would be saved and its row would not be written.
     epoch = run.task.epoch(number, cfg.prompts_per_step)
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
+    if run.dtype == torch.float16:
+        metrics["loss_scale"] = run.optimizer.loss_scale
     metrics |= reward_metrics(step.drawn, step.rewards)
     metrics |= completion_metrics(step.drawn)
     metrics["fingerprint"] = fingerprint(ids, weights_hash)
@@ -363,13 +365,17 @@ def update(run, step, batch, groups, first: bool):
     cfg = run.cfg
     # One divisor for the whole update, over all ranks. Dividing by a micro-batch's own count would make the
     # gradient depend on how the step is cut.
-    objective = run.objective | dict(norm=step_normaliser(cfg, batch, groups))
+    # In fp16 the loss is scaled up, by way of its divisor, so that no gradient is too small for it.
+    scale = run.optimizer.loss_scale
+    objective = run.objective | dict(norm=step_normaliser(cfg, batch, groups) / scale)
     rows = int(batch.needed.view(-1, cfg.group_size)[groups].sum())
     with ranks.together(), progress.doing("updating", rows) as bar:
         stats = accumulate_gradients(run, step, batch, groups, objective, bar)
 
     # Before anything is learnt from it: is the trainer the model that the sampler drew from?
     stats = sum_stats(stats)
+    for name in {"loss", "policy_loss"} & stats.keys():
+        stats[name] /= scale
     if first:
         check_mismatch(run, step, stats)
     # AdamW clips the gradient's norm and takes its step in place, so the sampler's CUDA graphs stay good.

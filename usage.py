@@ -61,7 +61,7 @@ ELSEWHERE = {
     "hub_model_id": "push_to_hub",
     "run_name": "out_dir, whose last word names the run",
     "bf16": "dtype, bfloat16",
-    "fp16": "dtype, bfloat16 or float32",
+    "fp16": "dtype, float16",
     "torch_dtype": "dtype",
     "gradient_checkpointing": "checkpointing",
     # PEFT

@@ -9,6 +9,8 @@ sft.py is the script that does only this.
 
 import time
 
+import torch
+
 import data
 import optim
 import progress
@@ -37,13 +39,13 @@ def warm_up(model, tokenizer, task, *, steps, batch, lr, seed, stop_id, micro_to
     `task.batch(step, batch, seed + 1)`, so the warm-up is a function of the seed alone.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = optim.AdamW(trained, lr=lr, betas=(0.9, 0.99))
+    optimizer = optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), scaled=model.dtype == torch.float16)
     start, average = time.perf_counter(), None
     with progress.doing("warm-up, steps", steps) as bar:
         for step in range(steps):
             rows = task.batch(step, batch, seed + 1)  # other rows than those the first GRPO steps see
             prompts, completions = demonstrations(tokenizer, rows, stop_id, system=system, prefill=prefill)
-            loss = accumulate_gradients(model, prompts, completions, micro_tokens)
+            loss = accumulate_gradients(model, prompts, completions, micro_tokens, optimizer.loss_scale)
             rate = optim.learning_rate(
                 step, lr=lr, warmup_steps=max(1, steps // 20), steps=steps, schedule="cosine", min_ratio=0.1
             )
@@ -58,8 +60,11 @@ def warm_up(model, tokenizer, task, *, steps, batch, lr, seed, stop_id, micro_to
     return average
 
 
-def accumulate_gradients(model, prompts, completions, micro_tokens) -> float:
-    """Backward over a step's demonstrations, in micro-batches. Returns the loss, nats a token."""
+def accumulate_gradients(model, prompts, completions, micro_tokens, scale=1.0) -> float:
+    """Backward over a step's demonstrations, in micro-batches. Returns the loss, nats a token.
+
+    scale: what the loss is multiplied by before its backward.
+    """
     tokens = sum(len(group[0]) for group in completions)
     total = 0.0
     for cut in micro_batches(prompts, completions, micro_tokens):
@@ -67,6 +72,6 @@ def accumulate_gradients(model, prompts, completions, micro_tokens) -> float:
         some_completions = [completions[b] for b, _ in cut]
         logp, _, _ = model.completion_logprobs(some_prompts, some_completions)
         loss = -logp.sum() / tokens  # one divisor for the step, however it is cut
-        loss.backward()
+        (loss * scale).backward()
         total += float(loss.detach())
     return total

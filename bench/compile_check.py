@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here: a bad tile is seen without a GPU.
 
     python bench/compile_check.py [--arch=90,80] [--only=attention]
+    python bench/compile_check.py --arch=75 --dtype=float16       # a GPU without bf16
 
 The wrappers of kernels/ are called as the model calls them, at the shapes of real models, on tensors
 without memory (device "meta"). Each launch is caught, and its kernel is compiled for the tile sizes, types
@@ -34,12 +35,16 @@ from kernels import flash_attention as flash
 from kernels import linear_logprob, logprob, lora_linear, nf4, rms_norm, rope, sample, swiglu, switch
 
 KB = 1024
-SHARED = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB}  # bytes a program may have
+# Bytes of shared memory that a program may have.
+SHARED = {75: 64 * KB, 80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB}
 PTXAS = sorted(map(str, (Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")))
-BF16, FP32, LONG = torch.bfloat16, torch.float32, torch.long
+FP32, LONG = torch.float32, torch.long
+# What the model computes in: a GPU before sm_80 has no bf16.
+BF16 = torch.float16 if "--dtype=float16" in sys.argv else torch.bfloat16
 TRITON_TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
     torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
@@ -241,7 +246,8 @@ def launches(arch, only):
     return seen.values()
 
 
-def main(arch="90,80", only=""):
+def main(arch="90,80", only="", dtype="bfloat16"):
+    """dtype: BF16 above has taken it from the command line."""
     switch.MODE = "triton"  # switch.use refuses Triton where there is no GPU, rightly
     count = bad = 0
     print(f"triton {triton.__version__}, torch {torch.__version__}")

@@ -27,6 +27,9 @@ MODES = {
     "torch": "torch everywhere: for debugging, and for devices that Triton does not know",
     "triton": "Triton everywhere; on a CPU through its interpreter, thousands of times slower: for tests",
 }
+# Before sm_80 Triton has no tensor cores: attention and the thin products compile for sm_75, and spill
+# thousands of bytes (bench/compile_check.py --arch=75 --dtype=float16).
+LEAST_CAPABILITY = 8
 MODE = "auto"  # set by use(); read it as switch.MODE, because an imported name would keep the old value
 
 # fp64 is left out: it is asked for where exactness is, and most kernels add up in fp32
@@ -53,6 +56,12 @@ def use(mode: str) -> str:
                 "kernels='triton' needs a GPU, or TRITON_INTERPRET=1 in the environment before Python starts"
                 " (slow: for tests)"
             )
+    if mode == "auto" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < LEAST_CAPABILITY:
+            MODE = "torch"
+            why = f"ours are slow on a GPU before sm_80, and this is sm_{major}{minor}"
+            return f"kernels: auto (torch everywhere: {why})"
     MODE = mode
     return f"kernels: {mode} ({MODES[mode]})"
 

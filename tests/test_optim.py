@@ -418,3 +418,60 @@ def test_a_backward_through_weights_of_before_the_update_is_an_error(dtype):
     opt.step(1e-2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ------------------------------------------------------------------------------------------------ fp16
+def fp16_optimizer(scaled=True):
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.float16))
+    return weight, optim.AdamW([("weight", weight)], lr=0.1, scaled=scaled)
+
+
+def test_a_scaled_loss_keeps_gradients_that_fp16_would_lose():
+    """1e-9 is no number of fp16, and the gradient of a long batch is made of such."""
+    norms = {}
+    for scaled in (False, True):
+        weight, optimizer = fp16_optimizer(scaled)
+        for _ in range(3):  # micro-batches
+            ((weight * 1e-9).sum() * optimizer.loss_scale).backward()
+        norms[scaled] = float(optimizer.step(0.1))
+    assert norms[False] == 0 and norms[True] == pytest.approx(3e-9 * 8**0.5, rel=1e-2)
+
+
+def test_an_overflow_leaves_the_update_out_and_halves_the_scale():
+    weight, optimizer = fp16_optimizer()
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    ((weight * 10).sum() * optimizer.loss_scale).backward()
+    assert not torch.isfinite(optimizer.step(0.1))
+    optimizer.zero_grad()
+    after = optimizer.state()
+    assert optimizer.loss_scale == 32_768 and after.keys() == before.keys()
+    for name in before.keys() - {"loss_scale"}:
+        assert torch.equal(after[name], before[name]), name
+    for _ in range(20):
+        ((weight * 10).sum() * optimizer.loss_scale).backward()
+        norm = optimizer.step(0.1)
+        optimizer.zero_grad()
+        if torch.isfinite(norm):
+            break
+    assert float(norm) == pytest.approx(10 * 8**0.5, rel=1e-3) and (weight < 1).all()
+
+
+def test_the_scale_grows_again_and_is_part_of_the_state(monkeypatch):
+    monkeypatch.setattr(optim.LossScale, "PATIENCE", 3)
+    weight, optimizer = fp16_optimizer()
+    for _ in range(4):
+        ((weight * 1e-3).sum() * optimizer.loss_scale).backward()
+        optimizer.step(0.1)
+        optimizer.zero_grad()
+    assert optimizer.loss_scale == 131_072
+    _, other = fp16_optimizer()
+    other.load_state({name: tensor.clone() for name, tensor in optimizer.state().items()})
+    assert other.loss_scale == 131_072 and float(other.scale.good) == 1
+
+
+def test_a_loss_that_overflows_unscaled_is_an_error():
+    weight, optimizer = fp16_optimizer()
+    optimizer.scale.value.fill_(1.0)
+    weight.grad = torch.full_like(weight, torch.inf)
+    with pytest.raises(FloatingPointError, match="too narrow"):
+        optimizer.step(0.1)

@@ -93,6 +93,7 @@ RESUMED = {
     "merged lora": dict(lora_rank=4, lora_alpha=8.0, beta=0.1, lora_merge="on"),
     "warm-up and reference": dict(beta=0.1, sft_steps=3, sft_batch=4),
     "bf16": dict(dtype="bfloat16"),
+    "fp16": dict(dtype="float16"),
     "8-bit moments": dict(dtype="bfloat16", optimizer_bits=8),
     "base in 4 bits": dict(base="nf4", lora_rank=4, lora_alpha=8.0, beta=0.1),
     "several updates": dict(epochs=2, minibatches=2, mismatch_clip=2.0),

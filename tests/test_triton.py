@@ -28,6 +28,7 @@ import lora
 import loss as losses
 import nf4
 import optim
+import policy
 import rollout
 
 triton = pytest.importorskip("triton")
@@ -629,3 +630,14 @@ def test_compile_check_compiles_for_gpus_that_are_not_here():
     command = [sys.executable, "bench/compile_check.py", "--arch=90", "--only=SwiGLU"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0 and "2 kernels, 0 bad" in out.stdout, out.stdout + out.stderr
+
+
+@pytest.mark.parametrize("capability, form", [((7, 5), "torch everywhere: ours"), ((8, 0), "Triton where")])
+def test_a_gpu_without_bf16_takes_torchs_forms_and_says_so(monkeypatch, capability, form):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(kernels.switch, "MODE", kernels.switch.MODE)
+    old = capability[0] < 8
+    assert form in kernels.switch.use("auto")
+    assert kernels.switch.MODE == ("torch" if old else "auto")
+    assert policy.pick_device("cuda", "auto", 1)[1] == (torch.float16 if old else torch.bfloat16)
