@@ -214,13 +214,25 @@ def memory(cfg):
     width = 2 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and on_gpu) else 4
     weights = parameters(shape)
     trained = adapter_parameters(shape, cfg) if cfg.lora_rank else weights
-    # fp32 masters where the weights are not fp32, two moments and a gradient.
-    need = weights * width + trained * (16 if width == 2 else 12)
+    # A gradient, two moments, and what is updated in fp32: adapters, or masters of weights in bf16.
+    moments = 8 if cfg.optimizer_bits == 32 else 2
+    masters = 4 if width == 2 or cfg.lora_rank else 0
+    need = weight_bytes(shape, cfg.base, width) + trained * (4 + moments + masters)
     if need > room:
+        smaller = "take a smaller model"
+        if cfg.lora_rank and cfg.base == "dense":
+            smaller += ", or hold its weights in 4 bits, --base=nf4"
         raise ValueError(
             f"a model of {weights / 1e9:.2f} billion weights, with {trained / 1e9:.2f} billion to train, "
-            f"needs {need / 1e9:,.0f} GB, and {room / 1e9:.0f} GB are there: take a smaller model"
+            f"needs {need / 1e9:,.0f} GB, and {room / 1e9:.0f} GB are there: {smaller}"
         )
+
+
+def weight_bytes(shape: Shape, base: str, width: int) -> float:
+    """What the weights take at `width` bytes each, or with the projections in 4 bits (nf4.py)."""
+    outside = (1 if shape.tied else 2) * shape.V * shape.D
+    inside = parameters(shape) - outside
+    return outside * width + inside * (0.516 if base == "nf4" else width)
 
 
 def host_bytes() -> float:
