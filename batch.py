@@ -89,6 +89,7 @@ class Step:
     logged: list = field(default_factory=list)  # rewards.Logged of each call of the rewards, on this rank
     tokens_drawn: int = 0  # on this rank
     tokens_read: int = 0  # on this rank: each completion counts its prompt
+    micro_batches: list[int] = field(default_factory=list)  # tokens of each, on this rank
     resampled: int = 0  # prompts that dynamic sampling used, on this rank
 
 

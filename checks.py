@@ -18,6 +18,7 @@ import torch
 
 import config as configs
 import data
+import memory
 import progress
 import rewards as rewarding
 import usage
@@ -39,7 +40,7 @@ def config_of(script: str, argv: list[str]) -> configs.Config:
             print(usage.page(script, argv, configs.OPTIONS))
         raise SystemExit(0 if argv else 2)
     cfg = configs.load(argv)
-    for check in (packages, hub, device, out_dir, schedules, model, memory):
+    for check in (packages, hub, device, out_dir, schedules, model, room):
         check(cfg)
     rewarding.check_sandbox(rewarding.resolve(cfg.rewards), cfg.sandbox)
     if isinstance(cfg.task, str):
@@ -178,24 +179,7 @@ def model(cfg):
             )
 
 
-def parameters(shape: Shape) -> int:
-    """Weights of a decoder, norms and biases aside."""
-    attention = shape.D * shape.E * (2 * shape.H + 2 * shape.K)
-    heads = 1 if shape.tied else 2
-    return heads * shape.V * shape.D + shape.L * (attention + 3 * shape.D * shape.intermediate)
-
-
-def adapter_parameters(shape: Shape, cfg) -> int:
-    """Weights of the adapter: rank times (input + output width) of each target."""
-    D, query, key, wide = shape.D, shape.H * shape.E, shape.K * shape.E, shape.intermediate
-    widths = dict(
-        q_proj=D + query, k_proj=D + key, v_proj=D + key, o_proj=query + D,
-        gate_proj=D + wide, up_proj=D + wide, down_proj=wide + D,
-    )  # fmt: skip
-    return shape.L * cfg.lora_rank * sum(widths[name] for name in cfg.lora_targets)
-
-
-def memory(cfg):
+def room(cfg):
     """Weights, optimiser and the tokens of a step fit into the machine, by a count that leaves things out."""
     rows = cfg.prompts_per_step * cfg.group_size
     tokens, room = rows * cfg.max_new_tokens, host_bytes()
@@ -211,28 +195,16 @@ def memory(cfg):
     on_gpu = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
     if on_gpu:
         room = torch.cuda.get_device_properties(0).total_memory
-    width = 2 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and on_gpu) else 4
-    weights = parameters(shape)
-    trained = adapter_parameters(shape, cfg) if cfg.lora_rank else weights
-    # A gradient, two moments, and what is updated in fp32: adapters, or masters of weights in bf16.
-    moments = 8 if cfg.optimizer_bits == 32 else 2
-    masters = 4 if width == 2 or cfg.lora_rank else 0
-    need = weight_bytes(shape, cfg.base, width) + trained * (4 + moments + masters)
+    held = memory.held_always(cfg, shape, "cuda" if on_gpu else "cpu", merged=cfg.lora_merge == "on")
+    trained = memory.trained_numbers(cfg, shape)
+    need = memory.total(held) + 4 * trained  # and a gradient
     if need > room:
-        smaller = "take a smaller model"
-        if cfg.lora_rank and cfg.base == "dense":
-            smaller += ", or hold its weights in 4 bits, --base=nf4"
+        weights = memory.parameters(shape)
         raise ValueError(
             f"a model of {weights / 1e9:.2f} billion weights, with {trained / 1e9:.2f} billion to train, "
-            f"needs {need / 1e9:,.0f} GB, and {room / 1e9:.0f} GB are there: {smaller}"
+            f"needs {need / 1e9:,.0f} GB, and {room / 1e9:.0f} GB are there: take a smaller model, or see "
+            "what fits with python plan.py --table"
         )
-
-
-def weight_bytes(shape: Shape, base: str, width: int) -> float:
-    """What the weights take at `width` bytes each, or with the projections in 4 bits (nf4.py)."""
-    outside = (1 if shape.tied else 2) * shape.V * shape.D
-    inside = parameters(shape) - outside
-    return outside * width + inside * (0.516 if base == "nf4" else width)
 
 
 def host_bytes() -> float:

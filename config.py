@@ -123,7 +123,8 @@ class Config:
     eval_max_new_tokens: int = 0  # 0: max_new_tokens
     # -- the run
     force: bool = False  # go on although the first batch shows that nothing can be learnt
-    # none | light: norms and SwiGLU again in the backward | layers: all again | auto: light on a GPU
+    # none | light: norms and SwiGLU again in the backward | layers: all again, from a layer's input |
+    # offload: which waits in the host's memory | auto: light on a GPU
     checkpointing: str = "auto"
     kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0
@@ -366,7 +367,7 @@ CHOICES = dict(
     kl=tuple(KL),
     combine=("sum", "normalize_then_sum"),
     kernels=("auto", "torch", "triton"),
-    checkpointing=("auto", "none", "light", "layers"),
+    checkpointing=("auto", "none", "light", "layers", "offload"),
     lora_merge=("auto", "on", "off"),
     schedule=("constant", "cosine", "linear"),
     wandb=("", "online", "offline"),

@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import nf4
@@ -117,6 +118,19 @@ class MadeAgain(torch.autograd.graph.saved_tensors_hooks):
                 return make(source)
 
         super().__init__(pack, unpack)
+
+
+def offloaded(block, x, cos, sin, plan):
+    """A block that is computed again in the backward, from an input that waits in the host's memory.
+
+    Pinned, so that the copies are the bus's work. The reentrant form of torch's checkpoint keeps its inputs
+    by way of hooks, the other does not; it wants an input with a gradient, which a frozen embedding does not
+    give.
+    """
+    if not x.requires_grad:
+        x = x.detach().requires_grad_()
+    with save_on_cpu(pin_memory=x.is_cuda):
+        return checkpoint(block, x, None, cos, sin, plan, use_reentrant=True)
 
 
 class Block(nn.Module):
@@ -218,7 +232,7 @@ class Transformer(nn.Module):
         cos, sin = self.rotation(positions)
         x, delta = F.embedding(ids, self.embed), None  # (T, D)
         learning = torch.is_grad_enabled()
-        recompute = self.checkpointing == "layers" and learning
+        recompute = self.checkpointing in ("layers", "offload") and learning
         light = self.checkpointing == "light" and learning
         for block in self.blocks:
             if recompute:
@@ -226,7 +240,10 @@ class Transformer(nn.Module):
                 # numbers and the gradients are the same bits as without.
                 # One tensor is kept of each layer, so the sum is made first.
                 x, delta = x if delta is None else x + delta, None
-                x, delta = checkpoint(block, x, delta, cos, sin, plan, use_reentrant=False)
+                if self.checkpointing == "offload":
+                    x, delta = offloaded(block, x, cos, sin, plan)
+                else:
+                    x, delta = checkpoint(block, x, delta, cos, sin, plan, use_reentrant=False)
             else:
                 x, delta = block(x, delta, cos, sin, plan, light)
         _, hidden = self.norm.of_sum(x, delta)
@@ -246,23 +263,6 @@ class Transformer(nn.Module):
         cos = (torch.cos(angles) * self.rope_scale).to(self.dtype)
         sin = (torch.sin(angles) * self.rope_scale).to(self.dtype)
         return cos, sin
-
-    def bytes_per_token(self) -> int:
-        """About what a forward keeps of each token for the backward, without the head's chunks.
-
-        A layer keeps its two inputs, their norms and the two sums, q, k, v before and after the rotation, the
-        attention's output, and gate, up and their product. Light, two sums, rotated q, k and v, the output,
-        gate and up. With "layers", its input alone. One layer at a time has everything.
-        """
-        s = self.shape
-        rotated, attended = (s.H + s.K) * s.E, s.H * s.E
-        everything = 6 * s.D + (s.H + 2 * s.K) * s.E + rotated + attended + 3 * s.intermediate
-        kept = s.L * everything
-        if self.checkpointing == "light":
-            kept = s.L * (2 * s.D + rotated + s.K * s.E + attended + 2 * s.intermediate) + everything
-        if self.checkpointing == "layers":
-            kept = s.L * s.D + everything
-        return kept * self.embed.itemsize
 
     def logits(self, ids):
         """Next-token logits (T, V) fp32 of one sequence ids (T,)."""

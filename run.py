@@ -32,7 +32,7 @@ import rewards as rewarding
 import rundir
 import warmup
 from fingerprint import hash_of_weights
-from memory import Peaks
+from memory import Peaks, held_by_python
 from policy import find_model, load_policy, pick_device, save_policy
 from rollout import Sampler
 
@@ -46,6 +46,7 @@ class Run:
         self.kernels = kernels.use(cfg.kernels)
         self.device = ranks.start(device)
         self.peaks = Peaks(self.device)
+        self.before = 0 if self.device.startswith("cuda") else held_by_python()
         refuse_uneven_ranks(cfg)
         self.rewards = rewarding.resolve(cfg.rewards)
         rewarding.check_sandbox(self.rewards, cfg.sandbox)
@@ -61,6 +62,7 @@ class Run:
         # point, when a step is complete (train.py). `advantage` is whatever an advantage function keeps.
         self.state = dict(step=0, num_tokens=0, advantage={})
         self.whole = True  # whether the weights are those of state["step"], and not in the middle of a step
+        self.checked_memory = False  # whether the plan has been compared with what was held
         self.checked = False  # whether sampler and trainer have been compared
         self.keys = rundir.plain(dataclasses.asdict(cfg))
         self.identity = {key: self.keys[key] for key in rundir.IDENTITY}

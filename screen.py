@@ -13,9 +13,9 @@ import torch
 
 import config as configs
 import data
+import memory
 import nf4
 import rewards as rewarding
-import rollout
 from evaluation import summary
 from ranks import say, world
 
@@ -93,27 +93,40 @@ def what_is_isolated(mode: str) -> str:
     return f"sandbox ({mode}): isolates {', '.join(held)}" + "".join(f"; NOT {name}" for name in missing)
 
 
+def planned(run, prompt_tokens: int, tokens: int, one_batch: bool) -> dict:
+    """memory.plan of a run. tokens: of its largest micro-batch."""
+    return memory.plan(
+        run.cfg, run.model.shape, device=run.model.device.type, tokens=tokens, one_batch=one_batch,
+        prompt_tokens=prompt_tokens, merged=run.merges, before=run.before, world=world(),
+    )  # fmt: skip
+
+
 def memory_plan(run, prompt_tokens: int) -> str:
-    cfg, model = run.cfg, run.model
-    trained = sum(p.numel() for p in run.optimizer.params)
-    slots = min(cfg.slots or 256, cfg.prompts_per_step // world() * cfg.group_size)
-    cache = rollout.cache_bytes(
-        model.shape,
-        model.embed.itemsize,
-        groups=rollout.group_places(slots, cfg.group_size, cfg.prompts_per_step),
-        slots=slots,
-        prompt_tokens=prompt_tokens,
-        new_tokens=cfg.max_new_tokens,
-    )
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    state = sum(t.nbytes for t in run.optimizer.state().values()) + 4 * trained
-    reference = "none"
-    if cfg.beta:
-        reference = "adapters off" if run.reference is None else "a copy"
-    return (
-        f"memory: weights {weights / 1e9:.2f} GB, gradients and optimiser {state / 1e9:.2f} GB, "
-        f"reference {reference}, KV cache about {cache / 1e9:.2f} GB for {slots} slots"
-    )
+    """What each phase will hold, if every completion is as long as it may be."""
+    cfg, device = run.cfg, run.model.device
+    step = cfg.prompts_per_step // world() * (prompt_tokens + cfg.group_size * cfg.max_new_tokens)
+    tokens = run.micro_tokens or 8192
+    if device.type == "cuda" and not run.micro_tokens:
+        held = memory.total(planned(run, prompt_tokens, 0, True)["save"])
+        room = torch.cuda.get_device_properties(device).total_memory
+        tokens = memory.micro_tokens_for(room - held, cfg, run.model.shape, "cuda")
+    phases = planned(run, prompt_tokens, min(tokens, step), one_batch=step <= tokens)
+    parts = [f"{what} {size / 1e9:.2f}" for what, size in phases["load"].items()]
+    peaks = [f"{phase} {memory.total(held) / 1e9:.2f}" for phase, held in phases.items() if phase != "load"]
+    return f"memory, planned in GB: {', '.join(parts)}; at most in {', '.join(peaks)}"
+
+
+def say_memory(run, step, batch):
+    """Compares the plan with what was held by the end of a first step, and says where they are apart."""
+    longest = max(map(len, batch.prompts))
+    tokens = max(step.micro_batches, default=0)
+    plan = memory.peak(planned(run, longest, tokens, one_batch=len(step.micro_batches) <= 1))
+    held = max(run.peaks.highest, run.peaks.note())
+    if abs(held / plan - 1) > 0.1:
+        say(
+            f"memory: {held / 1e9:.2f} GB were held at most, where {plan / 1e9:.2f} were planned "
+            f"for micro-batches of {tokens:,} tokens"
+        )
 
 
 # ------------------------------------------------------------------------------------- a line a step

@@ -36,6 +36,7 @@ import checks
 import config as configs
 import data
 import lora
+import memory
 import optim
 import ranks
 import report
@@ -59,7 +60,7 @@ from loss import add_stats, highest, normaliser, normalize_then_sum
 from ranks import gather, rank, say, world
 from rewards import flat_groups
 from run import Run
-from screen import evaluated, finish, header, legend, line, show_sample, what_next
+from screen import evaluated, finish, header, legend, line, say_memory, show_sample, what_next
 from trackers import push
 
 # Largest |trainer - sampler| in nats that rounding explains. fp32 is compared by its worst token. In bf16
@@ -163,6 +164,9 @@ def train_step(run, number: int) -> dict:
     metrics |= logged_metrics(logged, metrics)
     if callable(cfg.temperature):
         metrics["temperature"] = step.sampling["temperature"]
+    if not run.checked_memory:
+        run.checked_memory = True
+        say_memory(run, step, batch)
     if cfg.rollouts_every and number % cfg.rollouts_every == 0:
         write_rollouts(run, step, batch)
     if cfg.show_every and number % cfg.show_every == 0:
@@ -287,7 +291,7 @@ def learn(run, step, batch) -> dict:
     updates = cfg.epochs * cfg.minibatches
     # Not when the run begins: the sampler's cache and graphs, which it keeps, are there only now.
     if not run.micro_tokens:
-        run.micro_tokens = choose_micro_tokens(run.model)
+        run.micro_tokens = choose_micro_tokens(run)
     choose_tokens(run, step, batch, updates)
     # Each update is a whole optimiser step. `total` adds the sums of all of them up, so that a mean over
     # tokens is one division at the end.
@@ -311,19 +315,18 @@ def learn(run, step, batch) -> dict:
     return metrics | loss_metrics(total, mean_difference(first))
 
 
-def choose_micro_tokens(model) -> int:
+def choose_micro_tokens(run) -> int:
     """How many tokens an update takes at once, from the memory that is free now, beside weights and sampler.
 
     Large micro-batches keep a GPU busy: at 12,000 tokens it waits for Python's launches for a quarter of the
     time, at 49,000 it does not (bench/results, H100). A CPU gains nothing beyond 8,192.
     """
-    if model.device.type != "cuda":
+    device = run.model.device
+    if device.type != "cuda":
         return 8192
     torch.cuda.empty_cache()  # what torch holds and does not use counts as free
-    free, _ = torch.cuda.mem_get_info(model.device)
-    # A quarter stays for the head's chunks of logits, gradients, and what is not counted.
-    tokens = int(0.75 * free / model.bytes_per_token())
-    tokens = max(1024, min(65_536, tokens // 1024 * 1024))
+    free, _ = torch.cuda.mem_get_info(device)
+    tokens = memory.micro_tokens_for(free, run.cfg, run.model.shape, "cuda")
     say(f"micro-batches of {tokens:,} tokens: {free / 1e9:.1f} GB are free")
     return tokens
 
@@ -407,6 +410,7 @@ def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
                 refuse_loss(run, step, loss, prompts, completions, tokens)
             loss.backward()  # gradients add up over micro-batches
         bar.show(bar.done + len(numbers))
+        step.micro_batches.append(packed_tokens(prompts, completions))
         # Sums and not means, so that micro-batches, and ranks later, may be added up in any grouping.
         stats = add_stats(stats, sums)
         # Of the step's first update, when the weights are those that the rows were drawn with.
@@ -415,6 +419,11 @@ def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
             batch.entropies.setdefault(n, of_entropy)
             batch.logps.setdefault(n, of_logp)
     return stats
+
+
+def packed_tokens(prompts, completions) -> int:
+    """Tokens of a micro-batch: a prompt counts once for its group."""
+    return sum(map(len, prompts)) + sum(len(ids) for group in completions for ids in group)
 
 
 def dropout_of(run, step, numbers, prompts, completions):

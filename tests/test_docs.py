@@ -11,6 +11,7 @@ import pytest
 import config as configs
 import data
 import eval as eval_script
+import plan
 import report
 import sample
 import sft
@@ -129,6 +130,9 @@ def test_any_other_command_of_the_readme_runs(saved, tmp_path, capsys, command):
         words = [str(saved) if word.startswith("out/") else word for word in words]
         sample.main([*words, "--max_new_tokens=4"])
         assert "tokens" in capsys.readouterr().out
+    elif script == "plan.py":
+        plan.main([word.replace("NAME", "arithmetic") for word in words])
+        assert "GB" in capsys.readouterr().out
     elif script == "report.py":
         runs = []
         for name in [word for word in words if not word.startswith("--")]:
@@ -165,7 +169,7 @@ def test_the_pages_name_keys_and_presets_that_exist():
             if "bench/" in line or "plugins" in page.name:
                 continue  # a bench has flags of its own, and a plug-in's knobs are its keys
             for key in re.findall(r"--(\w+)=", line):
-                others = ("nproc_per_node", "faults")  # of torchrun and of pytest
+                others = ("nproc_per_node", "faults", "gpu_gb")  # of torchrun, of pytest, of plan.py
                 assert key in configs.FIELDS or key in others, f"{page.name}: {key}"
     objectives = (ROOT / "docs/objectives.md").read_text()
     assert all(f"| `{name}` |" in objectives for name in configs.PRESETS)

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "rundir": {"checkpoint"},
     "fingerprint": set(),
     "progress": set(),
-    "memory": set(),
+    "memory": {"cache"},
+    "plan": {"checks", "config", "memory", "shape"},
     "usage": set(),
     "picture": set(),
     "report": {"picture"},  # reads what a run left: nothing of a run knows of it but train.py's last line
@@ -42,9 +43,9 @@ MAY_IMPORT = {
     "head": {"loss"},
     "batch": {"loss", "model", "ranks", "rollout"},
     "evaluation": {"data", "rewards"},
-    "checks": {"config", "data", "policy", "progress", "rewards", "shape", "usage"},
+    "checks": {"config", "data", "memory", "policy", "progress", "rewards", "shape", "usage"},
     "warmup": {"data", "model", "optim", "progress"},
-    "screen": {"config", "data", "evaluation", "nf4", "ranks", "rewards", "rollout"},
+    "screen": {"config", "data", "evaluation", "memory", "nf4", "ranks", "rewards"},
     "trackers": {"config", "screen"},
     "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen", "trackers"},
 }
@@ -196,5 +197,5 @@ def test_readme_names_files_commands_and_keys_that_exist():
         assert (ROOT / script).exists(), script
     of_the_project = re.sub(r"python bench/[^`\n]*", "", text)  # a bench has flags of its own
     for key in re.findall(r"--(\w+)=", of_the_project):
-        assert key in configs.FIELDS or key == "nproc_per_node", key
+        assert key in configs.FIELDS or key in ("nproc_per_node", "gpu_gb"), key
     assert len(re.findall(r"python -m pytest$", text, re.M)) == 1  # .ci/run takes this line

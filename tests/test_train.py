@@ -356,7 +356,7 @@ def test_the_head_in_chunks_gives_the_gradient_of_the_whole_objective_at_once(tm
     assert calls and max(calls) > 14
 
 
-@pytest.mark.parametrize("how", ["layers", "light"])
+@pytest.mark.parametrize("how", ["layers", "light", "offload"])
 def test_checkpointing_changes_no_bit_of_a_run(tmp_path, how):
     runs = []
     for checkpointing in ("none", how):
