@@ -64,6 +64,8 @@ ELSEWHERE = {
     "fp16": "dtype, float16",
     "torch_dtype": "dtype",
     "gradient_checkpointing": "checkpointing",
+    "load_in_4bit": "base, nf4",
+    "optim": "nothing: it is AdamW; optimizer_bits=8 is its 8-bit form",
     # PEFT
     "r": "lora_rank",
     "lora_r": "lora_rank",

@@ -55,9 +55,9 @@ def expand(packed, absmax, nested_absmax, code, offset, out):
     (256,) and offset () fp32; or absmax fp32, which is the scale itself, and the other three None.
     """
     n = out.numel()
-    blocks = triton_cdiv(n, BLOCK)
+    blocks = ceil_div(n, BLOCK)
     shapes = f"{n} weights, packed {tuple(packed.shape)}, absmax {tuple(absmax.shape)}"
-    assert len(packed) == triton_cdiv(n, 2) and len(absmax) == blocks and out.is_contiguous(), shapes
+    assert len(packed) == ceil_div(n, 2) and len(absmax) == blocks and out.is_contiguous(), shapes
     if on_triton(out):
         launch(packed, absmax, nested_absmax, code, offset, out)
         return out
@@ -76,7 +76,7 @@ def expand(packed, absmax, nested_absmax, code, offset, out):
     return out
 
 
-def triton_cdiv(n: int, size: int) -> int:
+def ceil_div(n: int, size: int) -> int:
     return -(-n // size)
 
 

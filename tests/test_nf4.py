@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checks
+import config as configs
 import lora
 import model as models
 import nf4
@@ -486,6 +488,24 @@ def test_what_4_bits_cannot_do_is_refused_in_one_sentence(tmp_path, keys, said):
     with pytest.raises(ValueError) as e:
         settings(tmp_path, **KEYS | keys)
     assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_model_too_large_in_full_fits_in_4_bits(tmp_path, monkeypatch):
+    """Qwen2.5-7B's sizes on a machine of 16 GB: 15.2 GB in bf16, 5.5 with the projections in 4 bits."""
+    sizes = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064)
+    heads = dict(num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="qwen2", **sizes, **heads)))
+    monkeypatch.setattr(checks, "host_bytes", lambda: 16e9)
+    keys = dict(model=str(tmp_path), device="cpu", dtype="bfloat16", lora_rank=32)
+    with pytest.raises(ValueError, match="and 16 GB are there"):
+        checks.room(configs.Config(**keys))
+    checks.room(configs.Config(**keys, base="nf4"))
+    # full fine-tuning: 18 bytes a weight, 12 with moments of 8 bits
+    monkeypatch.setattr(checks, "host_bytes", lambda: 100e9)
+    full = keys | dict(lora_rank=0)
+    with pytest.raises(ValueError, match="needs 137 GB"):
+        checks.room(configs.Config(**full))
+    checks.room(configs.Config(**full, optimizer_bits=8))
 
 
 def test_adapters_are_never_merged_for_a_run_on_4_bits(tmp_path):
