@@ -432,7 +432,7 @@ def test_a_scaled_loss_keeps_gradients_that_fp16_would_lose():
     for scaled in (False, True):
         weight, optimizer = fp16_optimizer(scaled)
         for _ in range(3):  # micro-batches
-            ((weight * 1e-9).sum() * optimizer.loss_scale).backward()
+            ((weight.float() * 1e-9).sum() * optimizer.loss_scale).backward()
         norms[scaled] = float(optimizer.step(0.1))
     assert norms[False] == 0 and norms[True] == pytest.approx(3e-9 * 8**0.5, rel=1e-2)
 
@@ -440,7 +440,7 @@ def test_a_scaled_loss_keeps_gradients_that_fp16_would_lose():
 def test_an_overflow_leaves_the_update_out_and_halves_the_scale():
     weight, optimizer = fp16_optimizer()
     before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-    ((weight * 10).sum() * optimizer.loss_scale).backward()
+    ((weight.float() * 10).sum() * optimizer.loss_scale).backward()
     assert not torch.isfinite(optimizer.step(0.1))
     optimizer.zero_grad()
     after = optimizer.state()
@@ -448,7 +448,7 @@ def test_an_overflow_leaves_the_update_out_and_halves_the_scale():
     for name in before.keys() - {"loss_scale"}:
         assert torch.equal(after[name], before[name]), name
     for _ in range(20):
-        ((weight * 10).sum() * optimizer.loss_scale).backward()
+        ((weight.float() * 10).sum() * optimizer.loss_scale).backward()
         norm = optimizer.step(0.1)
         optimizer.zero_grad()
         if torch.isfinite(norm):
@@ -460,7 +460,7 @@ def test_the_scale_grows_again_and_is_part_of_the_state(monkeypatch):
     monkeypatch.setattr(optim.LossScale, "PATIENCE", 3)
     weight, optimizer = fp16_optimizer()
     for _ in range(4):
-        ((weight * 1e-3).sum() * optimizer.loss_scale).backward()
+        ((weight.float() * 1e-3).sum() * optimizer.loss_scale).backward()
         optimizer.step(0.1)
         optimizer.zero_grad()
     assert optimizer.loss_scale == 131_072
