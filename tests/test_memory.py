@@ -68,7 +68,7 @@ def test_merged_weights_take_what_is_planned():
     assert memory.held_always(cfg, model.shape, "cpu")["merged weights"] == lora.merged_bytes(model)
 
 
-@pytest.mark.parametrize("checkpointing, within", [("none", 0.12), ("light", 0.2), ("layers", 0.12)])
+@pytest.mark.parametrize("checkpointing, within", [("none", 0.1), ("light", 0.2), ("layers", 0.1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_forward_keeps_what_is_planned(checkpointing, within, dtype):
     """Of torch's forms, as a CPU runs them; the kernels' are beside the H100's figures below."""
@@ -103,11 +103,11 @@ def bytes_kept(model, prompt_lengths, completion_lengths) -> float:
     return sum(kept.values()) / len(Packed(model, prompts, completions).ids)
 
 
-# What one H100 held (bench/results/2026-11-24_h100_experiments.txt and its table), GB: of an update with one
-# micro-batch of so many tokens. The head's chunks of logits took up to 1 GB more then.
+# What one H100 held, GB, of an update with one micro-batch of so many tokens: bench/results/
+# 2026-11-24_h100_experiments.txt, "update B2 beside", "update B8 beside", and its last two lines of updates.
 MEASURED = [
-    ("Qwen2.5-0.5B-Instruct", dict(lora_rank=16, checkpointing="none"), 12_544, 17.9),
-    ("Qwen2.5-0.5B-Instruct", dict(lora_rank=16, checkpointing="none"), 50_176, 56.8),
+    ("Qwen2.5-0.5B-Instruct", dict(lora_rank=16, checkpointing="none"), 12_544, 15.5),
+    ("Qwen2.5-0.5B-Instruct", dict(lora_rank=16, checkpointing="none"), 50_176, 54.4),
     ("Qwen2.5-7B-Instruct", dict(lora_rank=16, checkpointing="layers"), 6_272, 19.2),
     ("Qwen2.5-1.5B-Instruct", dict(lora_rank=0, checkpointing="layers"), 12_544, 29.5),
 ]
@@ -124,8 +124,8 @@ def test_the_plan_of_an_update_is_within_a_tenth_of_an_h100s(model, keys, tokens
 def test_a_token_takes_what_an_h200_measured():
     """docs/performance.md: 1.06 MB a token with everything kept, 0.69 light (Qwen2.5-0.5B, bf16)."""
     shape = plan.shape_of_name("Qwen2.5-0.5B-Instruct")
-    for checkpointing, megabytes in (("none", 1.06), ("light", 0.69)):
-        assert 2e-6 * memory.kept_per_token(shape, checkpointing) == pytest.approx(megabytes, rel=0.05)
+    for checkpointing, megabytes in (("none", 1.056), ("light", 0.688)):
+        assert 2e-6 * memory.kept_per_token(shape, checkpointing) == pytest.approx(megabytes, rel=0.03)
 
 
 # ------------------------------------------------------------------------------------------------ peaks
