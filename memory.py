@@ -5,7 +5,7 @@
     with peaks("sample"): ..                    # bytes: peaks.of["sample"]; over all so far: peaks.highest
 
 The plan counts what the code makes: weights, their merged or packed copy, the optimiser's state, the cache,
-what a forward keeps of each token, and the head's chunks of logits. It is within 10 % of what one H100 and one
+what a forward keeps of each token, and the chunks of logits. It is within 10 % of what one H100 and one
 H200 held (tests/test_memory.py has the figures). On a CPU it is told what the process held before, and is
 within 8 % in fp32; bf16 there and "light" hold up to a quarter more, which the C library does not give back.
 
