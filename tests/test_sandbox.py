@@ -19,84 +19,17 @@ from pathlib import Path
 
 import pytest
 
+from sandboxes import GOOD, TEST, launched, needs, probe, processes, program
 from tasks import isolation as apart
 from tasks.sandbox import FULL, SandboxError, check, check_all, isolation
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+pytest_plugins = ["sandboxes"]  # the fixtures
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux"),
+    pytest.mark.usefixtures("nothing_is_left"),
+]
 SECONDS = 1.0  # of CPU, three on the clock
-GOOD = "def add(a, b):\n    return a + b\n"
-TEST = "assert add(1, 2) == 3"
-MODES = ("root", "user", "plain") if os.geteuid() == 0 else ("user", "plain")
-
-
-def program(text: str) -> str:
-    """A program as it stands in a test, without the indentation that it has there."""
-    return textwrap.dedent(text).strip("\n")
-
-
-def needs(*names):
-    if missing := [n for n in names if n not in isolation()]:
-        pytest.skip(f"this machine's kernel gives a sandbox no {', '.join(missing)}")
-
-
-def launched(pid: int | None = None) -> dict[str, str]:
-    """Process -> its parent, of all that the launchers of a process (default: this one) have made."""
-    mark = f"launcher.py\0{pid or os.getpid()}\0".encode()
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (folder / "cmdline").read_bytes():
-                found[folder.name] = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-    return found
-
-
-def processes():
-    """Every process of a program of this run, and every zombie of ours. Watchers and launchers live on."""
-    parents = launched()
-    found = [pid for pid, parent in parents.items() if parents.get(parent) in parents]
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if parent == str(os.getpid()) and state == "Z":
-                found.append(folder.name)
-    return found
-
-
-def scratch_folders():
-    """What lies in the folders of this process's launchers."""
-    folders = Path(tempfile.gettempdir()).glob(f"sandbox-{os.getpid()}-*")
-    return [path for folder in folders for path in folder.iterdir()]
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    """No process, zombie, folder or descriptor is left by any test here, and the next program runs."""
-    for name in MODES:
-        with contextlib.suppress(SandboxError):
-            apart.launcher_of(name)  # which stays
-    before = len(os.listdir("/proc/self/fd"))
-    yield
-    assert processes() == []
-    assert len(os.listdir("/proc/self/fd")) <= before
-    assert scratch_folders() == []
-
-
-@pytest.fixture(params=MODES)
-def mode(request, monkeypatch):
-    """Each way to shut programs in, forced, whatever this machine would choose."""
-    name = request.param
-    try:
-        held = probed(name)
-    except SandboxError as e:
-        pytest.skip(f"no mode {name} on this machine: {e}")
-    monkeypatch.setattr(apart, "choose", lambda: (name, held))
-    return name
-
-
-@functools.cache
-def probed(name: str):
-    return apart.probed(name)
 
 
 # -------------------------------------------------------------------------------------- right and wrong
@@ -550,16 +483,6 @@ def test_a_fork_bomb_stays_in_its_sandbox(mode):
     assert all(isinstance(v, SandboxError) or v != ["passed"] for v in got)
     assert time.monotonic() - start < apart.PATIENCE * SECONDS + 4
     assert processes() == [] and check(GOOD, [TEST], seconds=20) == ["passed"]
-
-
-def probe(body: str, wanted: str, **keys):
-    """What a program sees, as its answer to a test: `body` sets r."""
-    source = (
-        "import os, sys, socket, resource\ndef look():\n"
-        + "".join(f"    {line}\n" for line in body.split("\n"))
-        + "    return r\n"
-    )
-    return check(source, [f"assert look() == {wanted}"], **keys)
 
 
 def test_memory_is_limited(mode):
