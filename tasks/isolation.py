@@ -92,7 +92,7 @@ class Launcher:
             raise SandboxError(f"the sandboxes' launcher did not start (mode {mode}: {why})")
 
     def ask(self, limits: dict, fds: list[int]):
-        """Has a sandbox made. fds: its channel, the job's file, stdin, stdout, and what the job has besides."""
+        """Has a sandbox made. fds: its channel, the job's file, stdin, stdout, and what else the job has."""
         socket.send_fds(self.control, [json.dumps(limits).encode()], fds)
 
     def close(self):
@@ -121,6 +121,16 @@ def launcher_of(mode: str) -> Launcher:
         if not launcher:
             launcher = LAUNCHERS[key] = Launcher(mode)
     return launcher
+
+
+def ask(mode: str, limits: dict, fds: list[int]):
+    """Has the mode's launcher make a sandbox; a new one, should the old have died."""
+    launcher = launcher_of(mode)
+    try:
+        launcher.ask(limits, fds)
+    except ConnectionError:
+        launcher.process.wait(10)  # it is dying, and removes what it leaves
+        launcher_of(mode).ask(limits, fds)
 
 
 @atexit.register
@@ -175,7 +185,7 @@ class Sandbox:
         """The status that it ends with. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self.returncode is None:
-            if not self.hear(deadline - time.monotonic()):
+            if not self.hear(deadline - time.monotonic()) and self.returncode is None:
                 raise subprocess.TimeoutExpired("sandbox", timeout)
         return self.returncode
 
@@ -193,7 +203,8 @@ class Sandbox:
         elif said == "ended":
             self.returncode = int(rest)
         elif self.returncode is None:
-            self.returncode = 128 + 9  # whoever guarded it is gone
+            self.returncode = 128 + 9
+            self.failure = "its launcher has ended"
         return said != ""
 
     def receive(self) -> str:
@@ -261,7 +272,7 @@ def started(
             files.append(passed.enter_context(open(os.devnull, "wb")))
         sandbox = Sandbox(channel, output)
         try:
-            launcher_of(mode).ask(limits, [*(file.fileno() for file in files), *fds])
+            ask(mode, limits, [*(file.fileno() for file in files), *fds])
         except BaseException:
             passed.close()
             sandbox.end()
@@ -270,11 +281,9 @@ def started(
         yield sandbox
     finally:
         sandbox.end()
-    if not sandbox.ready:
-        raise SandboxError(
-            f"a sandbox did not start (mode {mode}): "
-            + (sandbox.failure or "the machine is out of processes, memory or time")
-        )
+    if sandbox.failure or not sandbox.ready:
+        why = sandbox.failure or "the machine is out of processes, memory or time"
+        raise SandboxError(f"a sandbox {'failed' if sandbox.ready else 'did not start'} (mode {mode}): {why}")
 
 
 def sealed(content: bytes):
@@ -430,7 +439,7 @@ def isolation(strict: bool = False) -> list[str]:
     network: none. files: the system read-only, its scratch folder, and nothing else. system calls: those of
     tasks/seccomp.py are refused, among them all that get memory beside the limit or start a process.
     """
-    mode, found = choose()
+    found = choose()[1]
     missing = [name for name in FULL if name not in found]
     if strict and missing:
         raise SandboxError(
@@ -438,3 +447,31 @@ def isolation(strict: bool = False) -> list[str]:
             f"{GRANT}, or accept less with sandbox='auto'"
         )
     return [name for name in FULL if name in found]
+
+
+def way() -> str:
+    """How programs are run apart here, in a few words: whose namespaces, or which user and Python."""
+    mode = choose()[0]
+    if mode == "root":
+        return "namespaces of root's, another user for each program"
+    if mode == "user":
+        return "namespaces of this user's"
+    who = "another user for each program" if os.geteuid() == 0 else "this user"
+    python = python_of(mode)
+    return f"no namespaces, {who}" + (f", {python}" if python != PYTHON else "")
+
+
+def demand(level: str):
+    """SandboxError where this machine gives less than a level of trust in programs wants.
+
+    strict: all of FULL. auto: that no program reaches a process that decides about it, or it could write its
+    own verdict. trust: nothing.
+    """
+    if level == "strict":
+        isolation(strict=True)
+    elif level == "auto" and "verdicts" not in choose()[1]:
+        raise SandboxError(
+            "programs can't be kept from the processes that judge them on this machine, since they run as "
+            f"the same user and see all files: {GRANT}, or run on a kernel with Landlock (from 5.13 on), or "
+            "as root, so that programs run as another user; sandbox='trust' runs them anyway"
+        )

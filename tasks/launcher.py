@@ -41,7 +41,8 @@ import seccomp  # noqa: E402
 
 del sys.path[-1]
 
-LOOK = 100  # milliseconds between looks at a scratch folder's size, where there are no namespaces
+LOOK = 0.1  # seconds between looks at a scratch folder's size, where there are no namespaces
+DEEPEST = 50  # folders within folders of it
 # What many programs import, which a fork need not read again.
 IMPORTED = "bisect collections datetime functools heapq itertools math re string typing".split()
 
@@ -106,6 +107,7 @@ class Job:
     deadline: float  # on the monotonic clock
     scratch: str  # "" with namespaces, where it goes with the program
     status: int | None = None  # of the program, once it has ended
+    look: float = 0.0  # when to see how full the scratch folder is
 
     def tell(self, words: str):
         with contextlib.suppress(OSError):  # whoever asked may have gone
@@ -114,6 +116,16 @@ class Job:
     def kill(self):
         if self.status is None:  # else it is the removal that goes on
             os.kill(self.pid, signal.SIGKILL)
+
+    def has_had_its_time(self, settings: dict) -> bool:
+        """Whether it is to end: its time is up, or its scratch folder full, looked at now and then."""
+        now = time.monotonic()
+        if now > self.deadline:
+            return True
+        if not self.scratch or now < self.look:
+            return False
+        self.look = now + LOOK
+        return overfull(self.scratch, settings)
 
 
 def serve(control, settings: dict):
@@ -146,7 +158,7 @@ def serve(control, settings: dict):
                 jobs[fds[0]] = job
                 poll.register(fds[0], select.POLLIN)
         for job in jobs.values():
-            if time.monotonic() > job.deadline or job.scratch and overfull(job.scratch, settings):
+            if job.has_had_its_time(settings):
                 job.kill()
         for fd in reaped(jobs):
             with contextlib.suppress(KeyError):
@@ -161,18 +173,29 @@ def time_left(jobs: dict) -> float | None:
         return None
     left = max(0, 1000 * (min(deadlines) - time.monotonic()) + 1)
     has_folder = any(job.scratch for job in jobs.values())
-    return min(left, LOOK) if has_folder else left
+    return min(left, 1000 * LOOK) if has_folder else left
 
 
 def overfull(folder: str, settings: dict) -> bool:
-    """Whether a scratch folder that no file system of its own limits has grown too large, or too full."""
+    """Whether a scratch folder that no file system of its own limits has grown too large, or too full.
+
+    A folder in it that can't be looked into counts as too full, and so do folders nested by the thousand.
+    """
     count = size = 0
-    for path, folders, files in os.walk(folder):
-        count += len(folders) + len(files)
-        for name in files:
-            with contextlib.suppress(OSError):  # gone again
-                size += os.lstat(os.path.join(path, name)).st_blocks * 512
-        if count > settings["files"] or size > settings["file_mb"] * 2**20:
+    folders = [(folder, 0)]
+    while folders:
+        try:
+            path, depth = folders.pop()
+            for entry in os.scandir(path):
+                count += 1
+                size += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append((entry.path, depth + 1))
+                if count > settings["files"] or size > settings["file_mb"] * 2**20 or depth == DEEPEST:
+                    return True
+        except FileNotFoundError:  # gone again
+            continue
+        except OSError:
             return True
     return False
 
@@ -211,8 +234,10 @@ def begin(settings: dict, asked: dict, fds: list[int]) -> Job | None:
 
 
 def reaped(jobs: dict) -> list[int]:
-    """The channels of jobs of which nothing is left. A scratch folder, which a program may have made long work
-    of, is removed in a process of its own."""
+    """The channels of jobs of which nothing is left.
+
+    A scratch folder, which a program may have made long work of, is removed in a process of its own.
+    """
     done = []
     for fd, job in jobs.items():
         if job.pid:

@@ -40,9 +40,9 @@ import subprocess
 import sys
 import time
 
-from tasks.isolation import FULL, PATIENCE, SandboxError, drained, isolation, judged, started
+from tasks.isolation import FULL, PATIENCE, SandboxError, demand, drained, isolation, judged, started, way
 
-__all__ = ["FULL", "SandboxError", "check", "check_all", "isolation"]
+__all__ = ["FULL", "SandboxError", "check", "check_all", "demand", "isolation", "way"]
 
 
 # ----------------------------------------------------------------------------------------- the verdicts

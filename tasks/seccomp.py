@@ -1,4 +1,4 @@
-"""The system calls that a sandboxed program may not make: a filter (seccomp-BPF) that the kernel runs at each call.
+"""The system calls that a sandboxed program may not make: a seccomp filter, which the kernel runs at each.
 
     install(shut_out=False)     from now on this process and what it starts are refused what stands in DENIED
 

@@ -1,4 +1,4 @@
-"""What the tests of the sandbox share: each mode forced, what programs see, and that nothing is left of any."""
+"""What the tests of the sandbox share: each mode forced, what programs see, that nothing is left of any."""
 
 import contextlib
 import functools

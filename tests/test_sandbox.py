@@ -3,8 +3,6 @@
 None gets it, none holds the others up, and nothing is left of any.
 """
 
-import contextlib
-import functools
 import json
 import os
 import shutil
@@ -12,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -24,7 +21,6 @@ from tasks import isolation as apart
 from tasks.sandbox import FULL, SandboxError, check, check_all, isolation
 
 ROOT = Path(__file__).resolve().parent.parent
-pytest_plugins = ["sandboxes"]  # the fixtures
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux"),
     pytest.mark.usefixtures("nothing_is_left"),
