@@ -1,20 +1,31 @@
-"""A Python process that can do no harm: sandboxes made by the system's own commands, and what they isolate.
+"""A Python process that can do no harm: sandboxes, asked of a launcher, and what they isolate.
 
     with started(job, seconds=4) as process: ..     tasks/inside.py at work on a job, in a sandbox
     isolation()                                     what holds on this machine, found out by trying
 
-The kernel itself is trusted: there is no seccomp filter, and memory is capped
-for each process, not for all of a program's `PROCESSES` together.
+There are three ways, and the first in which all holds is taken:
 
-A sandbox is made by the system's own unshare, mount, chroot, setpriv and timeout (util-linux, coreutils),
-as root or through a user namespace: a file system of nothing but /usr, Python (both read-only), /dev/null
-and a scratch folder of FILE_MB; no /proc, no /home, no keys in the environment; own process, network, IPC
-and mount namespaces; no privileges; limits. bwrap would do the same, and a second way would be tested
-half as well. Where the kernel allows no namespaces, what is left is: limits, no child processes, another
-user if we are root. isolation() then says so, and strict refuses.
+    root    namespaces of processes, mounts, network and IPC; another user for each program
+    user    the same through a user namespace, as an ordinary user
+    plain   where a container forbids namespaces. As root programs are another user each, with a Python that
+            these can read (python_of); as an ordinary user they are this user.
 
-Linux only. Needs the standard library and tasks/inside.py.
-Tests: python -m pytest tests/test_sandbox.py
+In the first two a program has a file system of nothing but /usr, Python (both read-only), /dev/null and a
+scratch folder of FILE_MB: no /proc, no /home. In all three it has no privileges, no environment, a key ring
+of its own, limits, and a filter of system calls (tasks/seccomp.py), by which it starts no process and keeps
+nothing in memory that RLIMIT_AS does not count. In mode plain Landlock, where the kernel has it, keeps it to
+the same folders, though it may see that others exist; its scratch folder is looked at ten times a second,
+and a program that has filled it is ended.
+
+Not every kernel gives all of it. isolation() names what holds; strict refuses to do without any of it, auto
+only where a program could write its own verdict: where it is the same user as its judge, in mode plain, and
+Landlock does not close /proc to it.
+
+The kernel itself is trusted. Without the filter memory is capped for each of a program's processes, not for
+all together. bwrap would do much of this, and a second way would be tested half as well.
+
+Linux only. Needs the standard library, and of tasks/ launcher.py, confine.py, seccomp.py and inside.py.
+Tests: python -m pytest tests/test_isolation.py
 """
 
 import atexit
@@ -81,6 +92,8 @@ class Launcher:
                 self.control.close()
                 os.rmdir(self.folder)
                 raise SandboxError(f"the sandboxes' launcher did not start (mode {mode}: {e})") from e
+        self.owner = os.getpid()
+        atexit.register(self.close)
         self.control.settimeout(30)
         try:
             said = self.control.recv(1000)
@@ -96,7 +109,10 @@ class Launcher:
         socket.send_fds(self.control, [json.dumps(limits).encode()], fds)
 
     def close(self):
-        """Ends it; it removes its folder when its last sandbox has ended."""
+        """Ends it with its sandboxes; it removes its folder. A fork of the process that it belongs to may not."""
+        atexit.unregister(self.close)
+        if os.getpid() != self.owner:
+            return
         self.control.close()
         try:
             self.process.wait(10)
@@ -131,14 +147,6 @@ def ask(mode: str, limits: dict, fds: list[int]):
     except ConnectionError:
         launcher.process.wait(10)  # it is dying, and removes what it leaves
         launcher_of(mode).ask(limits, fds)
-
-
-@atexit.register
-def close_launchers():
-    """Ends this process's launchers, and with them what they run."""
-    with STARTING:
-        for key in [key for key in LAUNCHERS if key[0] == os.getpid()]:
-            LAUNCHERS.pop(key).close()
 
 
 def python_of(mode: str) -> str:

@@ -25,7 +25,7 @@ What is lost: arguments are copies (a function that sorts its argument in place 
 effect), a test cannot hand over a function or catch an exception class of the program's own, and only the
 standard library is there.
 
-Linux only. Needs the standard library, tasks/isolation.py and tasks/inside.py.
+Linux only. Needs the standard library, tasks/isolation.py and what that needs.
 Tests: python -m pytest tests/test_sandbox.py, speed: python bench/sandbox.py
 """
 

@@ -105,5 +105,11 @@ def use(monkeypatch):
         monkeypatch.setattr(apart, "USE", names)
 
     yield only
-    for key in [key for key in apart.LAUNCHERS if key[2] == apart.USE != ALL]:
+    if apart.USE != ALL:
+        close_launchers(apart.USE)
+
+
+def close_launchers(filters):
+    """Ends this process's launchers with these filters, which a test started."""
+    for key in [key for key in apart.LAUNCHERS if key[0] == os.getpid() and key[2] == filters]:
         apart.LAUNCHERS.pop(key).close()
