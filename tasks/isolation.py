@@ -109,7 +109,7 @@ class Launcher:
         socket.send_fds(self.control, [json.dumps(limits).encode()], fds)
 
     def close(self):
-        """Ends it with its sandboxes; it removes its folder. A fork of the process that it belongs to may not."""
+        """Ends it with its sandboxes; it removes its folder. A fork of its owner leaves it alone."""
         atexit.unregister(self.close)
         if os.getpid() != self.owner:
             return

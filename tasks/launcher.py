@@ -11,7 +11,8 @@ Only the last runs what a model wrote. Nothing of a job is ever read by the laun
 open file on: a program finds no other program's tests in the memory that it has from here. Two programs are
 no nearer to each other than with a fresh Python each: namespaces, user, scratch folder, key ring and limits
 are new in each fork. What they share is what the launcher read before the first of them, Python and its
-modules, and the places in memory where these lie; each has its own copy.
+modules, and the places in memory where these lie; each has its own copy. With namespaces a program is
+process 1 too, to which a signal without a handler does nothing, save SIGKILL from outside.
 
 Linux only. Needs the standard library, tasks/confine.py and tasks/seccomp.py.
 Tests: python -m pytest tests/test_isolation.py

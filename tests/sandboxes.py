@@ -17,6 +17,10 @@ TEST = "assert add(1, 2) == 3"
 ALL = apart.USE
 MODES = ("root", "user", "plain") if os.geteuid() == 0 else ("user", "plain")
 
+# For attacks that take seconds: the first mode in the short suite, the others with the slow tests.
+OTHERS_SLOW = [MODES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MODES[1:])]
+first_mode_others_slow = pytest.mark.parametrize("mode", OTHERS_SLOW, indirect=True)
+
 
 def program(text: str) -> str:
     """A program as it stands in a test, without the indentation that it has there."""

@@ -318,7 +318,7 @@ def test_without_namespaces_no_program_plants_anything_in_a_neighbours_scratch_f
     plant = program(
         f"""
         import glob, os, time
-        end = time.monotonic() + 2
+        end = time.monotonic() + 1
         here = os.getcwd()
         planted = []
         while time.monotonic() < end:
@@ -363,7 +363,7 @@ def test_users_of_programs_differ():
 FORGE = """
 import os, time
 said = b'[0, "passed"]\\n' * 3
-end = time.monotonic() + 1
+end = time.monotonic() + 0.5
 reached = set()
 while time.monotonic() < end:
     for pid in map(str, range(max(2, os.getpid() - 50), os.getpid() + 50)):
