@@ -43,7 +43,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 
 JOIN_SESSION_KEYRING = 1
 CAPABILITIES = 64  # numbers to try; a kernel has 41
 INSIDE_USER = 60001  # who a program is in a user namespace
-HIGHEST_FD = 1024
+HIGHEST_FD = 1024  # none of the launcher's is as high
 
 
 def checked(what: str, result: int) -> int:
@@ -181,7 +181,6 @@ def change_root():
 def shut_in(settings: dict, job: dict, channel, fds: list[int]):
     """Limits, another user, no privileges, no keys, no descriptors but its own, the filter: for good."""
     plain = settings["mode"] == "plain"
-    scratch = os.getcwd() if plain else "/tmp"
     _, file, stdin, stdout, *others = fds
     null = os.open("/dev/null", os.O_RDWR)
     for fd, number in ((stdin, 0), (stdout, 1), (null, 2)):
@@ -189,17 +188,24 @@ def shut_in(settings: dict, job: dict, channel, fds: list[int]):
     close_all_but(0, 1, 2, channel.fileno(), file, *others)
     os.setsid()
     os.umask(0o022)
-    os.chdir(scratch)
+    if not plain:
+        os.chdir("/tmp")
     os.environ.clear()
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_IGN)  # as in a Python that has just started
-    for name, value in job["limits"].items():
+    limits = job["limits"]
+    if plain and not (settings["filter"] and os.geteuid() == 0):
+        # What it starts would outlive it. And of an ordinary user all processes count.
+        limits = limits | dict(NPROC=1)
+    for name, value in limits.items():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
     drop_privileges(job["user"])
     new_keyring()
     if settings["landlock"]:
-        restrict_files(settings["landlock"], settings["folders"], scratch)
+        restrict_files(settings["landlock"], settings["folders"], ".")
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # with the launcher
+    if plain and os.getppid() != settings["launcher"]:
+        raise ProcessLookupError("the launcher has ended")
     if settings["filter"]:
         seccomp.install(plain)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

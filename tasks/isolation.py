@@ -236,7 +236,7 @@ class Sandbox:
             raise SandboxError("a sandbox could not be ended within 10 seconds")
 
 
-def limits_of(mode: str, seconds: float, memory_mb: int) -> dict[str, int]:
+def limits_of(seconds: float, memory_mb: int) -> dict[str, int]:
     """The limits of each process (RLIMIT_..)."""
     return dict(
         AS=memory_mb * 2**20,
@@ -244,8 +244,7 @@ def limits_of(mode: str, seconds: float, memory_mb: int) -> dict[str, int]:
         FSIZE=FILE_MB * 2**20,
         NOFILE=64,
         CORE=0,
-        # By user: in mode plain as an ordinary one, where it is ours, that is no thread beside its first.
-        NPROC=1 if mode == "plain" and os.geteuid() != 0 else THREADS,
+        NPROC=THREADS,  # 1 where mode plain must make sure that it starts no process
     )
 
 
@@ -265,7 +264,7 @@ def started(
     stdout: subprocess.PIPE or DEVNULL. SandboxError if it never got as far as the job.
     """
     mode = mode or choose()[0]
-    limits = dict(seconds=PATIENCE * seconds + 1, limits=limits_of(mode, seconds, memory_mb))
+    limits = dict(seconds=PATIENCE * seconds + 1, limits=limits_of(seconds, memory_mb))
     channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     output = None
     with contextlib.ExitStack() as passed:

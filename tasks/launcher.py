@@ -26,6 +26,7 @@ import json
 import math
 import os
 import random
+import resource
 import select
 import signal
 import socket
@@ -52,7 +53,11 @@ IMPORTED = "bisect collections datetime functools heapq itertools math re string
 def main(trainer: int, settings: dict):
     """The watcher, who forks the launcher. Returns in a program alone, shut in."""
     confine.prctl(confine.PR_SET_DUMPABLE, 0)  # this user's other processes can't open what is open here
-    control = socket.socket(fileno=settings["control"])
+    control = socket.socket(
+        fileno=os.dup(settings["control"])
+    )  # a low number, which the trainer's may not be
+    os.close(settings["control"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (confine.HIGHEST_FD, confine.HIGHEST_FD))
     try:
         if settings["mode"] == "user":
             confine.enter_user_namespace()
@@ -61,6 +66,7 @@ def main(trainer: int, settings: dict):
         launcher = os.fork()
         if launcher == 0:
             confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)
+            settings["launcher"] = os.getpid()
             prepare(settings)
             control.send(b"ready")
             return serve(control, settings)

@@ -1,8 +1,10 @@
 """What shuts a program in, each part with the attack that it is for, in each mode that this machine has."""
 
+import contextlib
 import ctypes
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,7 +29,7 @@ from sandboxes import (
 )
 from tasks import isolation as apart
 from tasks import seccomp
-from tasks.sandbox import FULL, SandboxError, check, check_all
+from tasks.sandbox import FULL, SandboxError, check, check_all, isolation
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -347,6 +349,32 @@ def test_without_namespaces_no_program_plants_anything_in_a_neighbours_scratch_f
     assert check_all(jobs, workers=2, seconds=4) == [["passed"]] * 7
 
 
+def test_a_program_has_no_descriptor_but_its_own(mode, use):
+    """However many files the trainer has open, and however high their numbers are."""
+    use("landlock", "seccomp")  # a launcher that starts here
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(4096, limits[1]) if limits[1] != resource.RLIM_INFINITY else 4096
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            held += [os.open(os.devnull, os.O_RDONLY) for _ in range(1500)]
+        body = "r = []\nfor n in range(10000):\n    try: os.fstat(n); r.append(n)\n    except OSError: pass"
+        assert probe(f"{body}\nr = r[:3], len(r)", "([0, 1, 2], 5)") == ["passed"]  # and two pipes
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_holds_is_shown_when_a_run_starts():
+    from log import what_is_isolated
+
+    said = what_is_isolated("auto")
+    assert said.startswith("sandbox (auto, ") and apart.way() in said
+    assert all((f"NOT {name}" in said) != (name in isolation()) for name in FULL)
+
+
 def test_users_of_programs_differ():
     if os.geteuid() != 0:
         pytest.skip("only root makes programs other users")
@@ -467,6 +495,17 @@ def test_where_the_kernel_has_nothing_root_still_keeps_verdicts_by_another_user(
     """No namespaces, no Landlock, no seccomp: what holds is said, and the rest is not."""
     said = as_other_user(ASK, refuse=f"{UNSHARE}, {LANDLOCK}, seccomp", user=None)
     assert said == "plain, limits, privileges\n"
+    fork = program(
+        """
+        import os
+        def f():
+            try: return os.fork() > -1
+            except OSError: return 'refused'
+        """
+    )
+    # There what a program starts would outlive it.
+    code = f"print(sandbox.check({fork!r}, ['assert f() == \\'refused\\'']))"
+    assert as_other_user(code, refuse=f"{UNSHARE}, {LANDLOCK}, seccomp", user=None) == "['passed']\n"
     said = as_other_user(ASK, refuse="seccomp", user=None)
     assert said == "root, limits, privileges, processes, network, files\n"
 

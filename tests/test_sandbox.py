@@ -173,7 +173,7 @@ def test_stdin_and_stdout():
 
 
 def test_a_script_ends_as_python_ends_it():
-    """It is a fork that does not go through the interpreter's own end: what happens there happens here too."""
+    """It is a fork that does not go through the interpreter's own end: what happens there happens here."""
     cases = {
         "print(1)\nexit()": "passed",
         "print(1)\nquit(0)\nprint(2)": "passed",
