@@ -53,11 +53,12 @@ IMPORTED = "bisect collections datetime functools heapq itertools math re string
 def main(trainer: int, settings: dict):
     """The watcher, who forks the launcher. Returns in a program alone, shut in."""
     confine.prctl(confine.PR_SET_DUMPABLE, 0)  # this user's other processes can't open what is open here
-    control = socket.socket(
-        fileno=os.dup(settings["control"])
-    )  # a low number, which the trainer's may not be
+    control = socket.socket(fileno=os.dup(settings["control"]))  # low in number, as the trainer's may not be
     os.close(settings["control"])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (confine.HIGHEST_FD, confine.HIGHEST_FD))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most == resource.RLIM_INFINITY or most > confine.HIGHEST_FD:
+        most = confine.HIGHEST_FD
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         if settings["mode"] == "user":
             confine.enter_user_namespace()
