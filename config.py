@@ -47,9 +47,7 @@ class Config:
     # -- rewards: pairs of a name in rewards.py, or a function, and a weight; 0 is logged and not trained on
     rewards: list = field(default_factory=lambda: [("gsm8k", 1.0)])
     reward_messages: bool = False  # rewards get TRL's conversational form where the prompt is messages
-    sandbox: str = (
-        "auto"  # of reward `code`; strict: full isolation or stop; trust: even where it can be cheated
-    )
+    sandbox: str = "auto"  # for reward `code`; strict: full isolation or stop; trust: go on without any
     reward_overlap: bool = False  # score a group while others are sampled, for slow rewards: one call a group
     reward_timeout: float = 300.0  # seconds one reward function may take for a batch
     # -- the batch: these three knobs and no others

@@ -133,6 +133,8 @@ def make_file_system(settings: dict):
         Path("/proc/sys/kernel/shmall").write_text("0")
     mount("none", settings["folder"], "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     os.chdir(settings["folder"])
+    os.mkdir("inside")
+    os.chdir("inside")
     os.mkdir("dev")
     os.close(os.open("dev/null", os.O_CREAT | os.O_WRONLY))
     mount("/dev/null", "dev/null", None, BIND)
@@ -147,8 +149,9 @@ def make_file_system(settings: dict):
             os.makedirs(here, exist_ok=True)
             mount(folder, here, None, BIND | REC)
             make_read_only(os.path.realpath(here))
+    os.chdir("..")
     mount(None, ".", None, REMOUNT | RDONLY | NOSUID | NODEV, "size=1m,mode=755")
-    change_root()
+    change_root("inside")
 
 
 def make_read_only(folder: str):
@@ -166,14 +169,19 @@ def make_read_only(folder: str):
             mount(None, place, None, REMOUNT | BIND | RDONLY | NOSUID | NODEV | flags)
 
 
-def change_root():
-    """The current folder becomes the root, and what was the root is out of reach, for process 1 too."""
+def change_root(folder: str):
+    """The current folder's mount takes the place of the root, which is gone, and `folder` in it becomes root.
+
+    A process whose root is not its namespace's may make no user namespace, in which it had privileges again.
+    """
     try:
         syscall("pivot_root", PIVOT_ROOT, b".", b".")  # the old root lies on the new one now
         checked("umount", libc.umount2(b".", DETACH))
     except OSError:  # the root of an initial ramdisk can't be moved away
         mount(".", "/", None, MOVE)
         os.chroot(".")
+    os.chdir("/")
+    os.chroot(folder)
     os.chdir("/")
 
 

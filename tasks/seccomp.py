@@ -52,7 +52,8 @@ setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexat
 fremovexattr 199 16
 """
 CONDITIONAL = """
-clone 56 220, socket 41 198, socketpair 53 199, prctl 157 167, kill 62 129, tgkill 234 131, prlimit64 302 261
+clone 56 220, socket 41 198, socketpair 53 199, prctl 157 167
+kill 62 129, tgkill 234 131, prlimit64 302 261, fcntl 72 25, ioctl 16 29
 """
 # From 424 on a call has the same number everywhere. These do what older ones do, or less.
 FIRST_NEWER = 424
@@ -62,8 +63,11 @@ ARCHITECTURES = dict(x86_64=0xC000003E, aarch64=0xC00000B7)  # AUDIT_ARCH_.. of 
 X32 = 0x40000000  # the bit of a call by the x32 table, on x86_64
 KILL, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000  # SECCOMP_RET_..
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF instructions
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
-CLONE_THREAD = 0x10000
+# Offsets in struct seccomp_data; of arguments the low half, since these are ints.
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24
+CLONE_THREAD, AF_UNIX = 0x10000, 1
+# F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP: who gets which signal when a file can be read
+OWNERS_BY_FCNTL, OWNERS_BY_IOCTL = (8, 10, 15), (0x8901, 0x8902)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_MM = 1, 4, 35
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 
@@ -101,24 +105,24 @@ def program(machine: str, shut_out: bool, pid: int) -> list[tuple]:
     for n in denied.values():
         lines += [(EQUAL, 0, 1, n), refused]
 
-    def only(name: str, *values: int):
-        """A call only with one of these as its first argument (its low half: these arguments are ints)."""
+    def decide(name: str, argument: int, values: tuple, found, else_):
+        """What becomes of a call with one of these as its argument, and of it with another."""
         tests = [(EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
-        body = [(LOAD, 0, 0, FIRST_ARGUMENT), *tests, refused, allowed]
+        body = [(LOAD, 0, 0, argument), *tests, else_, found]
         lines.extend([(EQUAL, 0, len(body), number[name]), *body])
 
     lines += [(EQUAL, 0, 4, number["clone"]), (LOAD, 0, 0, FIRST_ARGUMENT)]
     lines += [(ANY_BIT, 1, 0, CLONE_THREAD), refused, allowed]
-    lines += [(EQUAL, 0, 6, number["prctl"]), (LOAD, 0, 0, FIRST_ARGUMENT)]
-    for i, option in enumerate((PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_MM)):
-        lines.append((EQUAL, 3 - i, 0, option))
-    lines += [allowed, refused]
-    only("socketpair", 1)  # AF_UNIX
-    only("socket", 1)
+    options = (PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_MM)
+    decide("prctl", FIRST_ARGUMENT, options, refused, allowed)
+    decide("socketpair", FIRST_ARGUMENT, (AF_UNIX,), allowed, refused)
+    decide("socket", FIRST_ARGUMENT, (AF_UNIX,), allowed, refused)
     if shut_out:
-        only("kill", pid)
-        only("tgkill", pid)
-        only("prlimit64", 0, pid)
+        decide("kill", FIRST_ARGUMENT, (pid,), allowed, refused)
+        decide("tgkill", FIRST_ARGUMENT, (pid,), allowed, refused)
+        decide("prlimit64", FIRST_ARGUMENT, (0, pid), allowed, refused)
+        decide("fcntl", SECOND_ARGUMENT, OWNERS_BY_FCNTL, refused, allowed)
+        decide("ioctl", SECOND_ARGUMENT, OWNERS_BY_IOCTL, refused, allowed)
     return [*lines, allowed]
 
 

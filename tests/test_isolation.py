@@ -126,6 +126,15 @@ def test_without_a_filter_isolation_says_so(mode, use):
     assert "limits" in held or (mode == "user" and os.geteuid() == 0)
 
 
+def test_a_program_makes_no_user_namespace_where_there_is_no_filter(mode, use):
+    """In one of its own it would have all privileges again, over its copies of the mounts at least."""
+    if mode == "plain":
+        pytest.skip("there the filter alone prevents it")
+    use("landlock")
+    body = "import ctypes\nr = ctypes.CDLL(None).unshare(0x10000000)"
+    assert probe(body, "-1") == ["passed"]
+
+
 def test_memory_is_not_had_beside_its_limit(mode):
     """A file in memory, System V shared memory, more processes: a program held 2.2 GB with 512 MB allowed."""
     needs("system calls")

@@ -660,8 +660,16 @@ def test_other_processes_are_out_of_reach(mode):
     pids = (os.getpid(), os.getppid(), alive.pid, os.getpgrp())
     outside = [pid for pid in pids if pid > 100]  # 1 is somebody else inside
     body = f"""r = []
+import fcntl
 for pid in {outside + [-outside[-1]]}:
     try: os.kill(pid, 9); r.append(pid)
+    except OSError: pass
+    a, b = socket.socketpair()  # a signal of one's choice when something can be read
+    try:
+        fcntl.fcntl(a, fcntl.F_SETOWN, pid)
+        fcntl.fcntl(a, 10, 9)
+        fcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC)
+        b.send(b'x')
     except OSError: pass
 try: os.kill(-1, 9)
 except OSError: pass
