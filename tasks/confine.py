@@ -95,8 +95,8 @@ def fork_into_namespace() -> int:
         enter_process_namespace()
         child = os.fork()
     finally:
-        if child != 0:
-            checked("setns", libc.setns(own, PROCESSES))
+        if child != 0 and libc.setns(own, PROCESSES):
+            os._exit(1)  # and so ends what it has just forked
         os.close(own)
     return child
 
@@ -216,10 +216,8 @@ def shut_in(settings: dict, job: dict, channel, fds: list[int]):
         raise ProcessLookupError("the launcher has ended")
     if settings["filter"]:
         seccomp.install(plain)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = open(
-            ("stdin", "stdout", "stderr").index(name), mode, errors="surrogateescape", closefd=False
-        )
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        stream = open(number, mode, errors="surrogateescape", closefd=False)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.argv = ["inside.py", str(file), *map(str, others)]

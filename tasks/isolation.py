@@ -176,10 +176,11 @@ def python_for_others() -> str:
 
 # ------------------------------------------------------------------------------------------- one sandbox
 class Sandbox:
-    """What is known of a process in a sandbox. stdout: a file to read its output from, or None."""
+    """What is known of a process in a sandbox, heard on a channel that ends it when it closes."""
 
-    def __init__(self, channel, stdout):
-        self.channel, self.stdout = channel, stdout
+    def __init__(self, channel):
+        self.channel = channel
+        self.stdout = None  # a file to read its output from, where that was asked for
         self.ready = False  # it got as far as its job
         self.failure = ""
         self.returncode = None  # 128 + signal where one ended it
@@ -266,25 +267,19 @@ def started(
     mode = mode or choose()[0]
     limits = dict(seconds=PATIENCE * seconds + 1, limits=limits_of(seconds, memory_mb))
     channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    output = None
-    with contextlib.ExitStack() as passed:
-        passed.enter_context(theirs)
-        files = [theirs, passed.enter_context(sealed(json.dumps(job).encode()))]
-        files.append(passed.enter_context(sealed(stdin)))
-        if stdout == subprocess.PIPE:
-            read, write = os.pipe()
-            output = open(read, "rb", 0)
-            files.append(passed.enter_context(open(write, "wb", 0)))
-        else:
-            files.append(passed.enter_context(open(os.devnull, "wb")))
-        sandbox = Sandbox(channel, output)
-        try:
-            ask(mode, limits, [*(file.fileno() for file in files), *fds])
-        except BaseException:
-            passed.close()
-            sandbox.end()
-            raise
+    sandbox = Sandbox(channel)
     try:
+        with contextlib.ExitStack() as passed:  # copies of which it gets
+            files = [passed.enter_context(theirs)]
+            files.append(passed.enter_context(sealed(json.dumps(job).encode())))
+            files.append(passed.enter_context(sealed(stdin)))
+            if stdout == subprocess.PIPE:
+                read, write = os.pipe()
+                sandbox.stdout = open(read, "rb", 0)
+                files.append(passed.enter_context(open(write, "wb", 0)))
+            else:
+                files.append(passed.enter_context(open(os.devnull, "wb")))
+            ask(mode, limits, [*(file.fileno() for file in files), *fds])
         yield sandbox
     finally:
         sandbox.end()
