@@ -235,7 +235,8 @@ def test_a_machine_that_cannot_isolate_says_so_and_runs_under_limits(monkeypatch
     got = check_all(
         [(GOOD, [TEST]), (fork, ["assert add(1, 2) == 'refused'"]), ("while True: pass", [TEST])], seconds=2
     )
-    assert got == [["passed"], ["passed"], ["the program has ended"]]
+    assert got[:2] == [["passed"]] * 2
+    assert got[2][0] in ("the program has ended", "too slow")  # by CPU or, on a busy machine, by the clock
 
 
 def test_a_user_without_privileges_gets_the_same_isolation():
