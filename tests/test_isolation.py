@@ -65,6 +65,69 @@ def test_the_table_has_the_kernels_numbers(machine, header):
     assert not missing & known.keys()
 
 
+def outcome(lines, machine, number, *arguments) -> int:
+    """What a filter returns for a call: the kernel's interpreter, as far as our filters need it."""
+    words = [number, seccomp.ARCHITECTURES[machine], 0, 0]  # struct seccomp_data, in words of 4 bytes
+    for argument in [*arguments, 0, 0][:2]:
+        words += [argument & 0xFFFFFFFF, argument >> 32]
+    at = value = 0
+    while True:
+        code, if_true, if_false, operand = lines[at]
+        at += 1
+        if code == seccomp.LOAD:
+            value = words[operand // 4]
+        elif code == seccomp.RETURN:
+            return operand
+        else:
+            true = dict(
+                [
+                    (seccomp.EQUAL, value == operand),
+                    (seccomp.AT_LEAST, value >= operand),
+                    (seccomp.ANY_BIT, value & operand),
+                ]
+            )[code]
+            at += if_true if true else if_false
+
+
+@pytest.mark.parametrize("shut_out", [False, True], ids=["namespaces", "plain"])
+@pytest.mark.parametrize("machine", seccomp.ARCHITECTURES)
+def test_the_filter_decides_as_it_says_on_either_machine(machine, shut_out):
+    me = 4321
+    lines = seccomp.program(machine, shut_out, me)
+    assert len(lines) < 4096 and max(jump for _, *jumps, _ in lines for jump in jumps) < 256
+
+    def does(name, *arguments):
+        got = outcome(lines, machine, known[name], *arguments)
+        return {seccomp.ALLOW: "", seccomp.ERRNO | 1: "EPERM", seccomp.ERRNO | 38: "ENOSYS"}[got]
+
+    shut = seccomp.numbers(seccomp.DENIED_SHUT_OUT, machine)
+    known = seccomp.numbers(seccomp.CONDITIONAL, machine) | seccomp.NEWER | shut
+    known |= seccomp.numbers(seccomp.DENIED, machine)
+    assert {does(name) for name in seccomp.numbers(seccomp.DENIED, machine)} == {"EPERM"}
+    assert {does(name) for name in shut} == ({"EPERM"} if shut_out else {"", "EPERM"})
+    assert {does(name) for name in seccomp.NEWER} == {""}
+    for number in (424, 425, 435, 438, 447, 470, 2**30 - 1):
+        assert outcome(lines, machine, number) == seccomp.ERRNO | 38
+    for name in ("read", "write", "mmap", "futex", "openat", "exit_group"):
+        table = dict(read=(0, 63), write=(1, 64), mmap=(9, 222), futex=(202, 98), openat=(257, 56))
+        number = table.get(name, (231, 94))[list(seccomp.ARCHITECTURES).index(machine)]
+        assert outcome(lines, machine, number) == seccomp.ALLOW
+    assert does("clone", 17) == does("clone", 0x10000000) == "EPERM" and does("clone", 0x3D0F00) == ""
+    assert does("socketpair", 1) == "" and does("socketpair", 2) == does("socket", 40) == "EPERM"
+    assert does("socket", 1) == ("EPERM" if shut_out else "")
+    assert does("prctl", 1) == does("prctl", 4) == does("prctl", 35) == "EPERM" and does("prctl", 15) == ""
+    refused = "EPERM" if shut_out else ""
+    assert does("kill", me) == does("tgkill", me) == does("prlimit64", 0) == does("prlimit64", me) == ""
+    for name in ("kill", "tgkill", "prlimit64"):
+        assert does(name, 1) == does(name, 2**32 - 1) == refused
+    assert does("fcntl", me, 8) == does("fcntl", me, 10) == does("ioctl", me, 0x8901) == refused
+    assert does("fcntl", 8, 1) == does("ioctl", 0x8901, 0x5401) == ""
+    other = {"x86_64": "aarch64", "aarch64": "x86_64"}[machine]
+    assert outcome(lines, other, 0) == seccomp.KILL
+    if machine == "x86_64":
+        assert outcome(lines, machine, seccomp.X32 | 1) == seccomp.KILL
+
+
 def test_denied_system_calls_fail_and_what_programs_need_works(mode):
     needs("system calls")
     denied = seccomp.numbers(seccomp.DENIED, os.uname().machine) | dict(io_uring_setup=425, clone3=435)
