@@ -316,7 +316,7 @@ def drained(process, deadline: float) -> tuple[bytes, str]:
     return bytes(said), "too slow"
 
 
-def judged(program: dict, judge: dict, *, seconds, memory_mb=512, mode=None) -> tuple[bytes, str]:
+def conversation(program: dict, judge: dict, *, seconds, memory_mb=512, mode=None) -> tuple[bytes, str]:
     """What the job `judge` prints about the job `program`, and why that is not all ("" if it is).
 
     Each has a sandbox of its own, and two pipes to the other: fds are (where it reads, where it writes).
@@ -418,7 +418,7 @@ def probed(mode: str) -> tuple:
     """Which of FULL hold in a mode, as PROBE finds out inside it. SandboxError where programs don't run."""
     program = dict(role="program", source=TRIAL)
     judge = dict(role="judge", tests=["assert add(1, 2) == 3"], names=["add"], modules=[])
-    said, why = judged(program, judge, seconds=10, mode=mode)
+    said, why = conversation(program, judge, seconds=10, mode=mode)
     if b'"passed"' not in said:
         raise SandboxError(f"a program that is right does not pass in mode {mode} ({why or 'no verdict'})")
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:

@@ -40,7 +40,17 @@ import subprocess
 import sys
 import time
 
-from tasks.isolation import FULL, PATIENCE, SandboxError, demand, drained, isolation, judged, started, way
+from tasks.isolation import (
+    FULL,
+    PATIENCE,
+    SandboxError,
+    conversation,
+    demand,
+    drained,
+    isolation,
+    started,
+    way,
+)
 
 __all__ = ["FULL", "SandboxError", "check", "check_all", "demand", "isolation", "way"]
 
@@ -74,7 +84,7 @@ def check_statements(source, tests, seconds, memory_mb, names) -> list[str]:
     asked, modules = foreign(tuple(tests), tuple(names))
     program = dict(role="program", source=source)
     judge = dict(role="judge", tests=tests, names=asked, modules=modules)
-    said, why = judged(program, judge, seconds=seconds, memory_mb=memory_mb)
+    said, why = conversation(program, judge, seconds=seconds, memory_mb=memory_mb)
     verdicts = dict(json.loads(line) for line in said.split(b"\n") if line.endswith(b"]"))
     return [verdicts.get(n, why or "the program has ended") for n in range(len(tests))]
 
