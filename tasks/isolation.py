@@ -417,7 +417,7 @@ def choose() -> tuple[str, tuple]:
 def probed(mode: str) -> tuple:
     """Which of FULL hold in a mode, as PROBE finds out inside it. SandboxError where programs don't run."""
     program = dict(role="program", source=TRIAL)
-    judge = dict(role="judge", tests=["assert add(1, 2) == 3"], names=["add"], modules=[])
+    judge = dict(role="judge", tests=["assert add(1, 2) == 3"], names=["add"], modules={})
     said, why = conversation(program, judge, seconds=10, mode=mode)
     if b'"passed"' not in said:
         raise SandboxError(f"a program that is right does not pass in mode {mode} ({why or 'no verdict'})")

@@ -621,7 +621,7 @@ def test_what_is_mounted_below_the_systems_folders_is_read_only_too(refuse):
         """
     )
     said = as_other_user(code, refuse=refuse, user=None)
-    assert said.count("Read-only file system: '/usr/local/games/x'") == 2, said
+    assert said.count("Read-only file system") == 2, said
 
 
 @pytest.mark.slow
