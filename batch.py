@@ -27,16 +27,21 @@ DROPOUT = 15_485_863
 
 
 class Timer:
-    """Seconds by phase: `with timer("sample"): ..`. On a GPU a phase lasts until the device is done."""
+    """Seconds and memory by phase: `with timer("sample"): ..`. On a GPU a phase ends when the device is done.
 
-    def __init__(self):
+    peaks: memory.Peaks of the run, whose phases are these.
+    """
+
+    def __init__(self, peaks):
+        self.peaks = peaks
         self.start = time.perf_counter()
         self.seconds = dict.fromkeys(("sample", "score", "reference", "train"), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, phase):
         start = time.perf_counter()
-        yield
+        with self.peaks(phase):
+            yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
@@ -47,6 +52,9 @@ class Timer:
         m = {f"time/{phase}": spent for phase, spent in seconds.items()}
         m["step_time"] = total
         m["time/other"] = total - sum(seconds.values())
+        for phase, size in self.peaks.of.items():
+            m[f"memory/{phase}_gb"] = size / 1e9
+        m["memory/peak_gb"] = max(self.peaks.note(), self.peaks.highest) / 1e9
         m["tokens_per_second/sample"] = tokens / seconds["sample"]
         m["tokens_per_second/train"] = tokens / max(1e-9, seconds["reference"] + seconds["train"])
         return m
@@ -75,12 +83,13 @@ class Step:
     sampling: dict  # temperature, top_k, top_p, min_p: of the sampler and of the trainer
     rewards: list[tuple]  # (label, function, weight), with this step's weights
     lr: float
-    timer: Timer = field(default_factory=Timer)
+    timer: Timer
     drawn: Scores | None = None  # of all ranks, as first drawn: what the log shows, so that curves compare
     scores: Scores | None = None  # of all ranks, as trained on: after groups without signal were replaced
     logged: list = field(default_factory=list)  # rewards.Logged of each call of the rewards, on this rank
     tokens_drawn: int = 0  # on this rank
     tokens_read: int = 0  # on this rank: each completion counts its prompt
+    micro_batches: list[int] = field(default_factory=list)  # tokens of each, on this rank
     resampled: int = 0  # prompts that dynamic sampling used, on this rank
 
 

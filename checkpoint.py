@@ -58,9 +58,10 @@ def save(
         _sweep(ckpt)
         tmp.mkdir()
         try:
-            write_model(tmp)
-            tensors = {key: t.detach().contiguous() for key, t in optimizer_state.items()}
-            save_file(tensors, tmp / "optimizer.safetensors")
+            with os_errors():
+                write_model(tmp)
+                tensors = {key: t.detach().contiguous() for key, t in optimizer_state.items()}
+                save_file(tensors, tmp / "optimizer.safetensors")
             # state.json comes last: its presence says that all before it was written, its manifest what.
             _write_state(tmp, step, state)
             # The content reaches the disk before the name does. Left to itself a file system orders them as
@@ -104,9 +105,16 @@ def newest(out_dir: str | Path, run: str | None = None) -> Path | None:
     return None
 
 
-def has_any(out_dir: str | Path) -> bool:
-    """Whether there is anything that was saved as a checkpoint, whole or not."""
-    return bool(_candidates(Path(out_dir) / "ckpt"))
+def count(out_dir: str | Path) -> int:
+    """How many folders there are that were saved as a checkpoint, whole or not."""
+    return len(_candidates(Path(out_dir) / "ckpt"))
+
+
+def sweep(out_dir: str | Path) -> None:
+    """Ends what a killed save left behind, where no save will follow that does. For one process."""
+    ckpt = Path(out_dir) / "ckpt"
+    if ckpt.is_dir():
+        _sweep(ckpt)
 
 
 def rewrite_manifest(folder: Path) -> None:
@@ -188,6 +196,22 @@ def uninterrupted():
             handler(number, None)  # one signal, however many came
 
 
+@contextmanager
+def os_errors():
+    """Raises the OSError that a library in Rust met as that OSError.
+
+    safetensors and tokenizers have error types of their own, which say "No space left on device (os error
+    28)" and are no OSError: a full disk would end a run that could have gone on.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def truncate_metrics(path: str | Path, step: int) -> int:
     """Drops the rows of a .jsonl file after `step`, and a torn last line. Returns how many lines went.
 
@@ -210,6 +234,24 @@ def truncate_metrics(path: str | Path, step: int) -> int:
         _fsync(tmp)
         os.replace(tmp, path)
     return len(lines) - len(kept)
+
+
+def refuse_small_disk(out_dir: str | Path, *, bytes_each: int, saves: int, keep: int) -> None:
+    """Raises ValueError where the disk of out_dir has less room than the checkpoints to come need at once.
+
+    bytes_each: of one checkpoint; saves: how many are to come; keep: as `save` has it.
+    """
+    most = saves
+    if keep:  # one more than are kept, while the newest is written; some may be there already
+        most = min(saves, max(1, keep + 1 - count(out_dir)))
+    need, free = most * bytes_each, shutil.disk_usage(out_dir).free
+    if need > free:
+        each = f"{most} of {bytes_each / 1e9:.3g} GB"
+        raise ValueError(
+            f"the disk of {str(out_dir)!r} has {free / 1e9:.3g} GB free, and this run's checkpoints need "
+            f"about {need / 1e9:.3g} GB ({each}): free some, keep fewer (--keep=1), or choose another disk "
+            "(--out_dir=PATH); --force=True starts all the same"
+        )
 
 
 def writable(out_dir: str | Path) -> None:

@@ -13,14 +13,19 @@ file. An unknown key or a wrong type stops, in file and flag alike, and the near
 import ast
 import dataclasses
 import difflib
+import math
+import operator
 import os
+import re
 import runpy
+import traceback
 import types
 import typing
 from dataclasses import dataclass, field
 from types import FunctionType
 
 from loss import AGGREGATES, KL, OBJECTIVES, SCALES, options_of
+from usage import ELSEWHERE, find_config
 
 # The options of the objectives in loss.py, which declare them, and their defaults.
 OPTIONS = {name: default for objective in OBJECTIVES for name, default in options_of(objective).items()}
@@ -31,6 +36,7 @@ class Config:
     # -- model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # checkpoint folder, or hub id
     adapter: str = ""  # PEFT adapter folder to start from; "" starts from a fresh adapter
+    base: str = "dense"  # the weights under LoRA: dense (in dtype) | nf4 (projections in 4 bits, QLoRA)
     scratch: dict | None = None  # instead of `model`: sizes, as in a config.json, of random weights
     alphabet: str = ""  # the characters a scratch model's tokenizer knows
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
@@ -96,6 +102,7 @@ class Config:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
+    optimizer_bits: int = 32  # 8: Adam's moments of large tensors in 8 bits, 2 bytes a parameter for 8
     shard_optimizer: bool = False  # several processes share moments and masters (ZeRO-1): the same bits
     max_grad_norm: float = 1.0
     # -- LoRA
@@ -116,12 +123,14 @@ class Config:
     eval_max_new_tokens: int = 0  # 0: max_new_tokens
     # -- the run
     force: bool = False  # go on although the first batch shows that nothing can be learnt
-    # none | light: norms and SwiGLU again in the backward | layers: all again | auto: light on a GPU
+    # none | light: norms and SwiGLU again in the backward | layers: all again, from a layer's input |
+    # offload: which waits in the host's memory | auto: light on a GPU
     checkpointing: str = "auto"
     kernels: str = "auto"  # auto (Triton on a GPU) | torch | triton
     seed: int = 0
     out_dir: str = ""  # "": out/NAME of the config file; a run that is there already is moved to out/NAME.1
     resume: bool = False  # go on from the newest whole checkpoint of out_dir
+    stop_at: str = ""  # end early, saved and evaluated, where a metric is so far: "eval/strict>=0.97"
     save_every: int = 100  # steps; 0: only at the end and on Ctrl-C
     save_failure: str = "warn"  # a checkpoint that cannot be written: warn and go on to the next | stop
     keep: int = 2  # checkpoints kept; 0: all
@@ -129,6 +138,8 @@ class Config:
     show_every: int = 10  # steps between samples printed; 0: none
     wandb: str = ""  # "" (off) | online | offline
     wandb_project: str = "nanogrpo"
+    tensorboard: bool = False  # the same numbers in out_dir/tensorboard
+    push_to_hub: str = ""  # "user/name": the model goes there at the end, with a card
 
 
 # What papers of these names do, where it differs in loss and sampling; rates and
@@ -156,6 +167,9 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+# A switch as people write it. 0 and 1 are left to the types: an option may be a number, too.
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
 
@@ -166,20 +180,18 @@ def load(argv: list[str]) -> Config:
 
     ValueError says what is wrong and what to type instead.
     """
-    words = [word for word in argv if not word.startswith("--")]
+    words, given = split(argv)
     if len(words) > 1:
         raise ValueError(f"{words[1]} is one config file too many: flags are written --key=value")
     values = {}
     if words:
-        values = read(words[0])
-        name = os.path.splitext(os.path.basename(words[0]))[0]
-        values.setdefault("out_dir", os.path.join("out", name))
+        path = find_config(words[0])
+        values = read(str(path))
+        values.setdefault("out_dir", os.path.join("out", path.stem))
     else:
         values["out_dir"] = os.path.join("out", "run")
-    flags = read_flags(argv, values.get("objective"))
-    if (
-        "model" in flags
-    ):  # a checkpoint named by hand is the one meant, also where the config starts from nothing
+    flags = read_flags(given, values.get("objective"))
+    if "model" in flags:  # a checkpoint named by hand is the one meant, also over a start from nothing
         values["scratch"] = None
     # From the weakest: the file's preset, the file's keys, the command line's preset, its keys.
     values = preset(values) | values | preset(flags) | flags
@@ -188,11 +200,45 @@ def load(argv: list[str]) -> Config:
     return check_values(config)
 
 
+def split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Command-line words -> the words that are no flags, and the flags: (key, text).
+
+    --lr=2e-6 and --lr 2e-6 are the same, as are --resume, --resume=True and --resume true, and a hyphen in a
+    key is an underscore.
+    """
+    words, flags, left = [], [], list(argv)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            if word.startswith("-"):
+                raise ValueError(f"{word} is no flag: flags are written --key=value, such as --lr=2e-6")
+            words.append(word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            switch = TYPES.get(key) is bool
+            follows = left and not left[0].startswith("--")
+            if follows and (not switch or left[0].lower() in (*BOOLS, "0", "1")):
+                text = left.pop(0)
+            elif switch:
+                text = "True"
+            elif key in TYPES:
+                raise ValueError(f"{word} has no value: write {word}=VALUE")
+        flags.append((key, text))
+    return words, flags
+
+
 def read(path: str) -> dict:
-    """The keys a config file sets."""
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no config file {path}")
-    found = runpy.run_path(path)
+    """The keys a config file sets. ValueError where it is no config, or has an error, with its line."""
+    if not path.endswith(".py"):
+        raise ValueError(f"{path} is no config: that is a Python file that sets keys, such as lr = 1e-5")
+    try:
+        found = runpy.run_path(path)
+    except Exception as error:
+        raise ValueError(f"{place_of(error, path)}: {type(error).__name__}: {error}") from error
+    except SystemExit as error:
+        raise ValueError(f"{path} ends Python by itself: a config only sets keys") from error
     values = {}
     for key, value in found.items():
         helper = callable(value) or isinstance(value, types.ModuleType)
@@ -200,19 +246,25 @@ def read(path: str) -> dict:
             continue
         check_known(key, path, found.get("objective"))
         values[key] = value
+    if not values:
+        raise ValueError(f"{path} sets no key, so it is no config: it needs one at least, such as lr = 1e-5")
     return values
 
 
-def read_flags(argv: list[str], objective) -> dict:
-    """The keys that --key=value words set. objective: the config file's, whose options are keys too."""
+def place_of(error: Exception, path: str) -> str:
+    """The file and line in a config where an error arose, as far as it is known."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == path:
+            line = frame.lineno
+    return f"{path}, line {line}" if line else path
+
+
+def read_flags(given: list[tuple[str, str]], objective) -> dict:
+    """The keys that flags set. objective: the config file's, whose options are keys too."""
     flags = {}
-    for word in argv:
-        if not word.startswith("--"):
-            continue
-        key, equals, text = word[2:].partition("=")
+    for key, text in given:
         check_known(key, "flag", objective)
-        if not equals:
-            raise ValueError(f"{word} has no value: write {word}=VALUE")
         flags[key] = parse(key, text)
     return flags
 
@@ -235,9 +287,11 @@ def known_keys(objective) -> list[str]:
 
 def check_known(key: str, where: str, objective):
     known = known_keys(objective)
+    if key in ELSEWHERE and key not in known:
+        raise ValueError(f"{where}: {key!r} is another trainer's name; here it is {ELSEWHERE[key]}")
     if key not in known:
         near = difflib.get_close_matches(key, known, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "config.py lists all keys"
+        hint = f"did you mean {near[0]!r}?" if near else "python train.py --help lists all keys"
         raise ValueError(f"{where}: unknown key {key!r}; {hint}")
 
 
@@ -255,12 +309,22 @@ def parse(key: str, text: str):
     kinds = accepted(key)
     if kinds == {str}:
         return text
+    if bool in kinds and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
+    if kinds == {bool} and text in ("0", "1"):
+        return text == "1"
+    if types.NoneType in kinds and text.lower() in ("none", "null"):
+        return None
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if kinds & {list, tuple} and re.fullmatch(r"\w+(,\w+)*", text):  # names: --lora_targets=q_proj,v_proj
+            return text.split(",")
         if str in kinds:
             return text
         return wrong_type(key, text)
+    whole = type(value) is float and value.is_integer() and float not in kinds
+    return int(value) if whole and int in kinds else value  # --steps=1e3
 
 
 def accepted(key: str) -> set[type]:
@@ -286,7 +350,7 @@ def check_type(key: str, value):
 
 def wrong_type(key: str, value):
     kinds = ["None" if kind is types.NoneType else kind.__name__ for kind in accepted(key)]
-    sentence = f"{key} = {value!r} has the wrong type: {' or '.join(sorted(kinds))} is wanted"
+    sentence = f"{key} = {value!r:.80} has the wrong type: {' or '.join(sorted(kinds))} is wanted"
     if key in FIELDS and FIELDS[key].default is not dataclasses.MISSING:
         sentence += f", for example {key}={FIELDS[key].default!r}"
     raise ValueError(sentence)
@@ -294,6 +358,8 @@ def wrong_type(key: str, value):
 
 # ---------------------------------------------------------------------------------------------- values
 CHOICES = dict(
+    base=("dense", "nf4"),
+    optimizer_bits=(32, 8),
     dtype=("auto", "float32", "bfloat16"),
     objective=tuple(OBJECTIVES),
     aggregate=tuple(AGGREGATES),
@@ -301,19 +367,40 @@ CHOICES = dict(
     kl=tuple(KL),
     combine=("sum", "normalize_then_sum"),
     kernels=("auto", "torch", "triton"),
-    checkpointing=("auto", "none", "light", "layers"),
+    checkpointing=("auto", "none", "light", "layers", "offload"),
     lora_merge=("auto", "on", "off"),
     schedule=("constant", "cosine", "linear"),
     wandb=("", "online", "offline"),
     sandbox=("auto", "strict", "trust"),
     save_failure=("warn", "stop"),
 )
-AT_LEAST = dict(
-    prompts_per_step=1, group_size=1, micro_tokens=0, max_new_tokens=1, temperature=0, top_k=0, steps=0,
-    lr=0, beta=0, lora_rank=0, sft_steps=0, sft_batch=1, eval_every=0, eval_problems=1, eval_samples=1,
-    save_every=0, keep=0, rollouts_every=0, show_every=0, warmup_steps=0, epochs=1, minibatches=1,
-    resample_budget=0, ref_sync_every=0, ref_mix=0,
+# What a number may be, as an interval: [ and ] include the end, ( and ) do not. The upper ends are far beyond
+# what a run can use; a number above them is a slip that would take the machine's memory.
+RANGES = dict(
+    threads="[0, 1024]", prompts_per_step="[1, 100000]", group_size="[1, 10000]", micro_tokens="[0, 1e9]",
+    max_new_tokens="[1, 1e6]", temperature="[0, 100]", top_k="[0, 1e7]", top_p="(0, 1]", min_p="[0, 1]",
+    slots="[1, 100000]", resample_budget="[0, 100000]", reward_timeout="(0, 1e7]", top_entropy="(0, 1]",
+    mismatch_clip="(0, inf)", epochs="[1, 1000]", minibatches="[1, 100000]", clip_low="[0, 1]",
+    clip_high="[0, inf)", dual_clip="(1, inf)", cispo_max="(0, inf)", beta="[0, inf)",
+    ref_sync_every="[0, inf)",
+    ref_mix="[0, 1]", entropy_coef="(-inf, inf)", steps="[0, 1e9]", lr="[0, 1]", warmup_steps="[0, 1e9]",
+    adam_beta1="[0, 1)", adam_beta2="[0, 1)", weight_decay="[0, inf)", max_grad_norm="(0, inf]",
+    lora_rank="[0, 16384]", lora_alpha="(0, inf)", lora_dropout="[0, 1)", sft_steps="[0, 1e9]",
+    sft_batch="[1, 100000]", sft_lr="[0, 1]", eval_every="[0, 1e9]", eval_problems="[1, 1e9]",
+    eval_samples="[1, 10000]", eval_temperature="[0, 100]", eval_max_new_tokens="[0, 1e6]",
+    seed="[0, 1e15]", save_every="[0, 1e9]", keep="[0, 1e9]", rollouts_every="[0, 1e9]",
+    show_every="[0, 1e9]",
 )  # fmt: skip
+WHY = dict(  # what to type instead, where the interval does not say it
+    top_p="1 switches it off",
+    mismatch_clip="it is the largest weight of a token: 2 is usual, None switches it off",
+    slots="None takes as many as are useful",
+    threads="0 is one a core",
+    dual_clip="3 is usual, None switches it off",
+    lr="1e-6 for all weights and 1e-5 for LoRA are usual",
+    lora_rank="8 to 64 are usual, 0 trains all weights",
+    max_grad_norm="1 is usual, 1e9 never clips",
+)
 
 
 def check_values(c: Config) -> Config:
@@ -321,26 +408,33 @@ def check_values(c: Config) -> Config:
     for key, choices in CHOICES.items():
         value = getattr(c, key)
         if value not in choices and not callable(value):
-            raise ValueError(f"{key} = {value!r} is not one of {', '.join(map(repr, choices))}")
-    for key, least in AT_LEAST.items():
-        value = getattr(c, key)
-        if not callable(value) and value < least:
-            raise ValueError(f"{key} = {value!r} is too small: {least} is the least")
-    for refuse in (refuse_shares, refuse_batch, refuse_reference, refuse_merging):
+            near = difflib.get_close_matches(str(value), map(str, choices), 1, 0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{key} = {value!r:.80} is not one of {', '.join(map(repr, choices))}{hint}")
+    for key, interval in RANGES.items():
+        check_range(key, getattr(c, key), interval)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", c.device):
+        raise ValueError(f"device = {c.device!r:.80} is not one of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    for refuse in (refuse_batch, refuse_reference, refuse_merging, refuse_goal):
         refuse(c)
     return c
 
 
-def refuse_shares(c: Config):
-    if not 0 < c.top_entropy <= 1 or not 0 <= c.ref_mix <= 1:
-        raise ValueError(
-            f"top_entropy = {c.top_entropy!r} and ref_mix = {c.ref_mix!r} are shares: above 0 and at most 1"
-        )
-    if c.mismatch_clip is not None and c.mismatch_clip <= 0:
-        raise ValueError(
-            f"mismatch_clip = {c.mismatch_clip!r} is the largest weight of a token: "
-            "2 is usual, None switches it off"
-        )
+def check_range(key: str, value, interval: str):
+    """ValueError for a number outside an interval such as "(0, 1]". None and functions are not numbers."""
+    if value is None or callable(value):
+        return
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    hint = f"; {WHY[key]}" if key in WHY else ""
+    shown = f"{key} = {value!r:.40}"
+    if math.isnan(value):
+        raise ValueError(f"{shown} is not a number{hint}")
+    if value < low or (value == low and interval[0] == "("):
+        least = f"{low:g} is the least" if interval[0] == "[" else f"it must be above {low:g}"
+        raise ValueError(f"{shown} is too small: {least}{hint}")
+    if value > high or (value == high and interval[-1] == ")"):
+        most = f"{high:g} is the most" if interval[-1] == "]" else f"it must be below {high:g}"
+        raise ValueError(f"{shown} is too large: {most}{hint}")
 
 
 def refuse_batch(c: Config):
@@ -348,6 +442,11 @@ def refuse_batch(c: Config):
         raise ValueError(
             "group_size = 1 has no group to compare with, so every advantage would be 0: use 2 or more, "
             "or an advantage of your own with another baseline (docs/plugins.md has a moving average)"
+        )
+    if c.group_size == 1 and c.resample_zero_groups:
+        raise ValueError(
+            "resample_zero_groups replaces groups whose rewards are all equal, and with group_size = 1 "
+            "that is every group: leave it out"
         )
     if c.prompts_per_step % c.minibatches:
         raise ValueError(
@@ -375,11 +474,66 @@ def refuse_reference(c: Config):
 
 
 def refuse_merging(c: Config):
+    if c.base == "nf4" and not c.lora_rank:
+        raise ValueError(
+            "base = 'nf4' holds frozen weights, which full fine-tuning (lora_rank = 0) would have to change: "
+            "give --lora_rank=16, or --base=dense"
+        )
+    if c.base == "nf4" and c.lora_merge == "on":
+        raise ValueError(
+            "lora_merge = 'on' keeps the merged weights in full, four times what base = 'nf4' holds: "
+            "leave lora_merge at 'auto'"
+        )
     if c.lora_merge == "on" and c.lora_dropout:
         raise ValueError(
             "lora_merge = 'on' has one input for base and adapter, so it cannot have lora_dropout: "
             "set that to 0, or lora_merge to 'off'"
         )
+
+
+def refuse_goal(c: Config):
+    if not c.stop_at:
+        return
+    name, _, _ = goal_of(c.stop_at)
+    if name.startswith("eval/") and not c.eval_every:
+        raise ValueError(f"stop_at = {c.stop_at!r} waits for an evaluation, and eval_every = 0 makes none")
+
+
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def goal_of(text: str) -> tuple[str, str, float]:
+    """A goal such as "eval/strict>=0.97" as (metric, comparison, number)."""
+    found = re.fullmatch(r"\s*([^\s<>=]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*", text)
+    try:
+        return found[1], found[2], float(found[3])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"stop_at = {text!r:.80} is no goal: write a metric, >= or <=, and a number, as eval/strict>=0.97"
+        ) from None
+
+
+def goal_reached(goal: str, metrics: dict) -> bool:
+    """Whether metrics are what a goal waits for. Those without an evaluation do not reach eval/..
+
+    ValueError, with the nearest name, where there are metrics of that kind and none has this name.
+    """
+    name, comparison, number = goal_of(goal)
+    kind = "eval/" if name.startswith("eval/") else "completions/mean_length"  # which every step has
+    value = metrics.get(name)
+    if value is None:
+        if name not in metrics and any(key.startswith(kind) for key in metrics):
+            near = difflib.get_close_matches(name, metrics, 3, 0.1)
+            raise ValueError(
+                f"stop_at = {goal!r:.80}: there is no metric {name!r:.60}, but {', '.join(near)} and others"
+            )
+        return False
+    return COMPARISONS[comparison](value, number)
+
+
+def model_name(c: Config) -> str:
+    """The model for a person: its folder or hub id, or what it is made of."""
+    return "of random weights" if c.scratch is not None else c.model
 
 
 def differences(c: Config) -> dict:

@@ -28,6 +28,7 @@ import http.client
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import urllib.request
@@ -124,7 +125,10 @@ def load_task(
         name = task
         make = task_function(name)
         check_options(name, make, options)
-        train, eval_rows = make(data_dir=data_dir, eval_problems=eval_problems, **options)
+        try:
+            train, eval_rows = make(data_dir=data_dir, eval_problems=eval_problems, **options)
+        except TypeError as error:  # text where a number is wanted, and the like
+            raise ValueError(f"task_options = {options} cannot be meant for {name!r}: {error}") from error
     return Task(name, train, eval_rows, seed)
 
 
@@ -180,7 +184,7 @@ def is_prompt(prompt) -> bool:
     """Text, or messages with a role and text, and not empty."""
     if isinstance(prompt, list):
         return prompt != [] and all(is_message(message) for message in prompt)
-    return isinstance(prompt, str) and prompt != ""
+    return isinstance(prompt, str) and prompt.strip() != ""
 
 
 def is_message(message) -> bool:
@@ -338,7 +342,24 @@ def jsonl_row(line: bytes, convert, where: str) -> dict:
     if not isinstance(row, dict) or not is_prompt(row.get("prompt")):
         wanted = 'text or [{"role": "user", "content": "text"}, ..]'
         raise ValueError(f"{where}: needs a `prompt`, {wanted}, and is {row!r:.150}")
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):  # JSON has none, and Python reads them
+            raise ValueError(f"{where}: `{name}` is {value}, which no answer equals: correct or drop the row")
+    if isinstance(row["prompt"], list):
+        refuse_roles([message["role"] for message in row["prompt"]], where)
     return row
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def refuse_roles(roles: list[str], where: str):
+    """ValueError for a role that no chat template knows, and for messages that nobody would answer."""
+    for role in roles:
+        if role not in ROLES:
+            raise ValueError(f"{where}: the role {role!r} is unknown: it is one of {', '.join(ROLES)}")
+    if roles[-1] in ("system", "developer"):
+        raise ValueError(f"{where}: the messages end with {roles[-1]!r}: the last one is what is answered")
 
 
 TASKS = {  # name -> the function that makes its rows, or the module that holds it as `task`

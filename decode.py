@@ -397,7 +397,7 @@ def upload(x: list, device):
 
 def addresses(model):
     """What a recorded step knows of the weights: where they lie, and as what."""
-    tensors = list(model.parameters())
+    tensors = [*model.parameters(), *model.buffers()]  # the buffers of weights in 4 bits
     for module in model.modules():
         # A weight with the adapter added in (lora.merge) is read instead of the base's.
         if getattr(module, "merged", None) is not None:

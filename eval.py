@@ -10,10 +10,16 @@ repeated, the gold answer alone, ten answers at once and 10,000 tokens of nothin
 is as much as for a right answer.
 """
 
+import progress
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is one sentence from here on
+    progress.begin("eval.py")
+
 import sys
 
 import torch
 
+import checks
 import config as configs
 import data
 import rewards as rewarding
@@ -51,10 +57,12 @@ def main(cfg):
     functions = rewarding.resolve(cfg.rewards)
     rewarding.check_sandbox(functions, cfg.sandbox)
     task = data.load_task(cfg.task, **configs.task_options(cfg))
-    model, tokenizer, stop_ids, _ = load_policy(
-        cfg.model, adapter=cfg.adapter, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed,
-        dtype=dtype, device=device,
-    )  # fmt: skip
+    checks.columns(cfg, functions, task)
+    with progress.doing(f"loading the model {configs.model_name(cfg)}"):
+        model, tokenizer, stop_ids, _ = load_policy(
+            cfg.model, adapter=cfg.adapter, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed,
+            dtype=dtype, device=device, base=cfg.base,
+        )  # fmt: skip
     sampler = Sampler(model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
     print(show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids))
     rows = task.batch(0, cfg.prompts_per_step, cfg.seed)
@@ -68,6 +76,14 @@ def main(cfg):
 
 if __name__ == "__main__":
     try:
-        main(configs.load(sys.argv[1:]))
-    except (ValueError, rewarding.RewardError) as e:  # SandboxError too
+        cfg = checks.config_of("eval.py", sys.argv[1:])
+        with progress.doing("preparing the evaluation", drawn=False):
+            main(cfg)
+    except (
+        ValueError,
+        rewarding.RewardError,
+        FloatingPointError,
+        OSError,
+        ImportError,
+    ) as e:  # SandboxError too
         sys.exit(f"eval.py: {e}")

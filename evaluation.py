@@ -56,9 +56,10 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
         some = rows[start : start + AT_ONCE]
         prompts = [data.prompt_ids(tokenizer, row["prompt"], system=system, prefill=prefill) for row in some]
         numbers = list(range(start, start + len(some)))
+        label = f"evaluating problems {start + 1} to {start + len(some)} of {len(rows)}:"
         out = sampler.generate(
             prompts, group_size=samples, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed,
-            temperature=0.0 if samples == 1 else temperature, prompt_numbers=numbers, label="evaluating",
+            temperature=0.0 if samples == 1 else temperature, prompt_numbers=numbers, label=label,
         )  # fmt: skip
         some_texts, some_parts, _ = score_completions(
             tokenizer, some, out.ids, graded, prefill=prefill, max_new_tokens=max_new_tokens,
@@ -157,11 +158,38 @@ def first_batch(reward, stopped, texts, rows, ids, finds, *, temperature, max_ne
     return "\n".join(lines)
 
 
-def refuse_hopeless(reward, stopped, max_new_tokens: int, within_groups=True):
+# What the graders that look for a form look for (rewards.FINDS), and what else would help.
+FORMS = {
+    "gsm8k": "#### and then a number, and gsm8k_lenient takes the last number anywhere",
+    "gsm8k_lenient": "a number",
+    "arithmetic_lenient": "a number",
+    "last_number": "a number",
+    "math": "\\boxed{..} or <answer>..</answer>",
+    "code": "a block between ```python and ```",
+}
+
+
+def missing_form(functions, texts) -> tuple[str, int] | None:
+    """(label, completions without an answer) of the trained reward that finds none most often, or None.
+
+    functions: rewards.resolve's list. Only rewards that look for a form have something to find.
+    """
+    worst = None
+    for label, _, weight in functions:
+        finds = rewarding.FINDS.get(label)
+        if finds and weight:
+            lost = sum(finds(text) in (None, "") for text in texts)
+            if worst is None or lost > worst[1]:
+                worst = label, lost
+    return worst
+
+
+def refuse_hopeless(reward, stopped, max_new_tokens: int, within_groups=True, missing=None):
     """ValueError, with the knob to turn, where nothing can be learnt from a batch.
 
     reward (B, G), NaN for None; stopped: B * G bools. within_groups: completions are compared within their
-    groups, and not by an advantage of the config's own with a baseline from elsewhere.
+    groups, and not by an advantage of the config's own with a baseline from elsewhere. missing: (label,
+    share) of a reward that found no answer to grade in this share of the completions.
     """
     (B, G), known = reward.shape, reward[~reward.isnan()].tolist()
     go_on = "or go on with --force=True"
@@ -180,6 +208,12 @@ def refuse_hopeless(reward, stopped, max_new_tokens: int, within_groups=True):
     cut = 1 - sum(stopped) / len(stopped)
     if max(known) == min(known) > 0:
         knob = "take harder problems"
+    elif missing and missing[1] > max(0.5, cut):  # a form that the model does not know: more room won't help
+        label, share = missing
+        knob = (
+            f"no answer was found in {share:.0%} of the completions, and the reward {label!r} looks for "
+            f"{FORMS[label]}: show that form in system_prompt, or warm up with sft_steps"
+        )
     elif cut > 0.5:
         knob = "raise max_new_tokens"
     else:

@@ -1,9 +1,7 @@
-"""What a person gets to see of a run: the screen, metrics.jsonl, rollouts/, wandb.
-Nothing here changes what it learns.
+"""What a run writes down: metrics, metrics.jsonl, rollouts/, wandb. Nothing here changes what it learns.
 
 Metric names are TRL's where TRL has one. Every mean is a ratio of two sums over the whole step and
-all ranks. On the screen: the first lines say what is trained, then comes one line a step; `-` stands
-for what a step does not have.
+all ranks.
 
 Dims: B prompts a step, G completions a prompt, N = B * G rows, R rewards.
 """
@@ -12,7 +10,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 
@@ -21,11 +18,10 @@ import torch
 
 import checkpoint
 import config as configs
-import data
 import rewards as rewarding
-import rollout
-from evaluation import summary
-from ranks import gather, rank, say, world
+from ranks import rank, say
+from screen import what_is_trained
+from trackers import Trackers
 
 
 # --------------------------------------------------------------------------------------------- metrics
@@ -58,21 +54,24 @@ def reward_metrics(scores, rewards) -> dict:
     return m
 
 
-def logged_metrics(logged: list, taken) -> dict:
-    """Means over the step and all ranks of what rewards logged with log_metric; every rank calls this.
-
-    logged: this rank's rewards.Logged. A name that is one of the run's own metrics (`taken`) gets "logged/"
-    in front.
-    """
-    mine = {}
+def logged_sums(logged: list) -> dict:
+    """{name: (sum, count)} of what rewards logged with log_metric on this rank. logged: rewards.Logged."""
+    sums = {}
     for some in logged:
         for name, values in some.metrics.items():
-            total, count = mine.get(name, (0.0, 0))
-            mine[name] = (total + sum(values), count + len(values))
-    everyone = gather(mine)
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = (total + sum(values), count + len(values))
+    return sums
+
+
+def logged_metrics(of_ranks: list, taken) -> dict:
+    """Means over the step and all ranks, from the logged_sums of each.
+
+    A name that is one of the run's own metrics (`taken`) gets "logged/" in front.
+    """
     m = {}
-    for name in sorted({name for of_rank in everyone for name in of_rank}):
-        pairs = [of_rank[name] for of_rank in everyone if name in of_rank]
+    for name in sorted({name for sums in of_ranks for name in sums}):
+        pairs = [sums[name] for sums in of_ranks if name in sums]
         label = f"logged/{name}" if name in taken else name
         m[label] = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
     return m
@@ -115,13 +114,6 @@ def loss_metrics(stats: dict, difference: float) -> dict:
     return m
 
 
-def peak_gb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 # ----------------------------------------------------------------------------------------------- files
 def write_rollouts(run, step, batch):
     """rollouts/step_000010.jsonl: one object a completion, prompts in order (rank 0's share of them).
@@ -132,35 +124,36 @@ def write_rollouts(run, step, batch):
     """
     if rank() != 0:
         return
-    folder = run.out / "rollouts"
-    folder.mkdir(exist_ok=True)
+    write_for_people(run.out / "rollouts" / f"step_{step.number:06d}.jsonl", rollout_rows(run, step, batch))
+
+
+def rollout_rows(run, step, batch):
+    """What a person may want to know of each completion of this rank, prompts in order."""
     labels = [label for label, _, _ in run.rewards]
     G = batch.group_size
     pieces = token_texts(run.tokenizer, batch.out.ids)
-    with open(folder / f"step_{step.number:06d}.jsonl", "w") as f:
-        for n, ids in enumerate(batch.out.ids):
-            drawn = batch.out.logprobs[n]
-            entropy, logp = batch.entropies.get(n), batch.logps.get(n)
-            difference = None  # of a row that was not computed: it had no advantage
-            if logp is not None:
-                difference = [round(x - y, 6) + 0.0 for x, y in zip(logp.tolist(), drawn)]
-            row = dict(
-                step=step.number,
-                group=step.numbers[n // G],
-                prompt=batch.rows[n // G]["prompt"],
-                completion=batch.texts[n],
-                ids=ids,
-                tokens=[pieces[i] for i in ids],
-                reward=none_for_nan(batch.reward[n]),
-                parts={label: none_for_nan(batch.parts[n, i]) for i, label in enumerate(labels)},
-                advantage=float(batch.adv[n]),
-                **logged_columns(batch, n),
-                finish_reason="stop" if batch.out.stopped[n] else "length",
-                logprobs=[round(logp, 5) for logp in drawn],
-                entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
-                difference=difference,
-            )
-            f.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+    for n, ids in enumerate(batch.out.ids):
+        drawn = batch.out.logprobs[n]
+        entropy, logp = batch.entropies.get(n), batch.logps.get(n)
+        difference = None  # of a row that was not computed: it had no advantage
+        if logp is not None:
+            difference = [round(x - y, 6) + 0.0 for x, y in zip(logp.tolist(), drawn)]
+        yield dict(
+            step=step.number,
+            group=step.numbers[n // G],
+            prompt=batch.rows[n // G]["prompt"],
+            completion=batch.texts[n],
+            ids=ids,
+            tokens=[pieces[i] for i in ids],
+            reward=none_for_nan(batch.reward[n]),
+            parts={label: none_for_nan(batch.parts[n, i]) for i, label in enumerate(labels)},
+            advantage=float(batch.adv[n]),
+            **logged_columns(batch, n),
+            finish_reason="stop" if batch.out.stopped[n] else "length",
+            logprobs=[round(logp, 5) for logp in drawn],
+            entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
+            difference=difference,
+        )
 
 
 def token_texts(tokenizer, ids) -> dict:
@@ -175,16 +168,28 @@ def token_texts(tokenizer, ids) -> dict:
     return {i: both.removeprefix(one) or one for i, one, both in zip(known, alone, twice)}
 
 
-def write_answers(run, rows, texts, right):
+def write_answers(run, log, rows, texts, right):
     """rollouts/eval_000025.jsonl: one object a held-out problem, with its first answer after that step."""
+    if log.trackers:
+        log.trackers.samples(run.state["step"], rows, texts, right)
     if not run.cfg.rollouts_every:
         return
-    folder, number = run.out / "rollouts", run.state["step"]
-    folder.mkdir(exist_ok=True)
-    with open(folder / f"eval_{number:06d}.jsonl", "w") as f:
-        for problem, (row, text, is_right) in enumerate(zip(rows, texts, right)):
-            answer = dict(step=number, problem=problem, prompt=row["prompt"], completion=text, right=is_right)
-            f.write(json.dumps(answer, ensure_ascii=False, separators=(",", ":")) + "\n")
+    number, answers = run.state["step"], []
+    for problem, (row, text, is_right) in enumerate(zip(rows, texts, right)):
+        answers.append(
+            dict(step=number, problem=problem, prompt=row["prompt"], completion=text, right=is_right)
+        )
+    write_for_people(run.out / "rollouts" / f"eval_{number:06d}.jsonl", answers)
+
+
+def write_for_people(path, objects):
+    """A line of JSON an object. Nothing is made from these files: a full disk is no reason to stop."""
+    lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in objects]
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        say(f"{path} could not be written ({error.strerror}): going on without it")
 
 
 def logged_columns(batch, n: int) -> dict:
@@ -198,27 +203,26 @@ def none_for_nan(x):
 
 
 class Log:
-    """metrics.jsonl, and wandb where it is switched on. Writes config.json first."""
+    """metrics.jsonl, and the trackers that are switched on. Writes config.json first."""
 
     def __init__(self, run):
         cfg = run.cfg
         self.active = rank() == 0
+        self.path = run.out / "metrics.jsonl"
+        self.last = None  # a row that is not written yet; on the other ranks the last one
         if not self.active:
             return
         about = dict(run=run.id, trained=what_is_trained(run), config=run.keys, **versions())
         about["differs"] = list(configs.differences(cfg))  # keys that are not the defaults
         (run.out / "config.json").write_text(json.dumps(about, indent=2, default=str))
-        self.path = run.out / "metrics.jsonl"
         if run.resumed:
             checkpoint.truncate_metrics(self.path, run.state["step"])
-        self.file = open(self.path, "a" if run.resumed else "w")
-        self.identity = run.id if self.file.tell() == 0 else None  # goes into the first row
-        self.wandb = None
-        if cfg.wandb:
-            import wandb
-
-            where = dict(project=cfg.wandb_project, name=run.out.name, dir=str(run.out))
-            self.wandb = wandb.init(mode=cfg.wandb, config=run.keys, **where)
+        else:
+            self.path.write_bytes(b"")
+        self.size = self.path.stat().st_size  # bytes of the rows that are in the file
+        self.waiting = b""  # rows that a full disk did not take
+        self.identity = run.id if self.size == 0 else None  # goes into the first row
+        self.trackers = Trackers(run)
 
     def row(self, step: int) -> dict | None:
         """The row of a step, or None where there is none."""
@@ -237,32 +241,67 @@ class Log:
         if not self.active:
             return
         row = self.row(step) or dict(step=step)
-        self.file.close()
         checkpoint.truncate_metrics(self.path, step - 1)
-        self.file = open(self.path, "a")
+        self.size = self.path.stat().st_size
         self.write(row | metrics)
 
     def write(self, metrics: dict):
-        """One row. What is not finite becomes null: JSON has no NaN."""
+        """One row, on the disk or among those that wait for room there."""
+        self.last = metrics
+        try:
+            self.flush()
+        except OSError as error:
+            say(f"{error.strerror}; its rows are kept and written later")
+
+    def flush(self):
+        """Writes what is not written yet. OSError where the disk does not take it; no row is torn.
+
+        A checkpoint may only be saved after this: a run that goes on from it does not write these rows again.
+        """
         if not self.active:
             return
+        if self.last is not None:
+            self.waiting += self.encoded(self.last)
+            self.last = None
+        try:
+            with open(self.path, "r+b", buffering=0) as file:
+                file.truncate(self.size)  # what an earlier try left of a row
+                file.seek(self.size)
+                written = file.write(self.waiting)
+                if written < len(self.waiting):  # the disk is full, and the next write says so
+                    file.write(self.waiting[written:])
+        except OSError as error:
+            sentence = f"{self.path} could not be written ({error.strerror})"
+            raise OSError(error.errno, sentence) from error
+        self.size += len(self.waiting)
+        self.waiting = b""
+
+    def encoded(self, metrics: dict) -> bytes:
+        """A row's line. What is not finite becomes null: JSON has no NaN."""
         row = {}
         if self.identity:
             row["run"], self.identity = self.identity, None
         for key, value in metrics.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             row[key] = value if finite else None
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log(metrics, step=metrics["step"])
+        if self.trackers:
+            self.trackers.log(metrics)
+        return (json.dumps(row) + "\n").encode()
 
-    def close(self):
-        """The end of a run, whole or not."""
-        if self.active:
-            self.file.close()
-            if self.wandb:
-                self.wandb.finish()
+    def take_over(self):
+        """For a rank that ends the run because rank 0 has died, perhaps before it wrote its last row."""
+        if self.last is None:
+            return
+        checkpoint.truncate_metrics(self.path, self.last["step"])  # half a row goes
+        self.active, self.identity, self.waiting, self.trackers = True, None, b"", None
+        self.size = self.path.stat().st_size
+        if self.row(self.last["step"]) is not None:
+            self.last = None
+
+    def close(self, report):
+        """The end of a run, whole or not. report: the path of its page."""
+        if self.active and self.trackers:
+            self.trackers.close(report)
 
 
 def versions() -> dict:
@@ -277,138 +316,3 @@ def versions() -> dict:
         torch=torch.__version__,
         transformers=transformers.__version__,
     )
-
-
-# ------------------------------------------------------------------------------------------ the screen
-def header(run):
-    """What will be trained, what differs from the defaults, what memory it takes, and the first prompt as
-    ids.
-    """
-    cfg = run.cfg
-    say(what_is_trained(run))
-    changed = [f"{k}={getattr(v, '__name__', v)!r}" for k, v in configs.differences(cfg).items()]
-    say("differs from the defaults: " + ", ".join(changed))
-    say(run.kernels)
-    if rewarding.runs_code(run.rewards):
-        say(what_is_isolated(cfg.sandbox))
-    row = run.task.batch(0, 1, cfg.seed)[0]
-    ids = data.prompt_ids(run.tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill)
-    say(memory_plan(run, len(ids)))
-    pieces = [repr(run.tokenizer.decode([i]))[1:-1] for i in ids]
-    say(f"the first prompt, {len(ids)} tokens: " + "|".join(pieces))
-
-
-def what_is_trained(run) -> str:
-    cfg, model = run.cfg, run.model
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in run.optimizer.params)
-    how = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else "full"
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if run.device.startswith("cuda"):
-        device = torch.cuda.get_device_name()
-    sentence = f"{'scratch' if cfg.scratch else cfg.model}: {model.shape.family}, {total:,} parameters, "
-    sentence += f"{trained:,} trained ({how}), {str(run.dtype).removeprefix('torch.')} on {device}"
-    if world() > 1:
-        sentence += f", {world()} processes"
-    return sentence
-
-
-def what_is_isolated(mode: str) -> str:
-    from tasks import sandbox
-
-    held = sandbox.isolation()
-    missing = [name for name in sandbox.FULL if name not in held]
-    said = f"sandbox ({mode}, {sandbox.way()}): isolates {', '.join(held)}"
-    return said + "".join(f"; NOT {name}" for name in missing)
-
-
-def memory_plan(run, prompt_tokens: int) -> str:
-    cfg, model = run.cfg, run.model
-    trained = sum(p.numel() for p in run.optimizer.params)
-    slots = min(cfg.slots or 256, cfg.prompts_per_step // world() * cfg.group_size)
-    cache = rollout.cache_bytes(
-        model.shape,
-        model.embed.itemsize,
-        groups=rollout.group_places(slots, cfg.group_size, cfg.prompts_per_step),
-        slots=slots,
-        prompt_tokens=prompt_tokens,
-        new_tokens=cfg.max_new_tokens,
-    )
-    weights = sum(p.nbytes for p in model.parameters())
-    state = sum(t.nbytes for t in run.optimizer.state().values()) + 4 * trained
-    reference = "none"
-    if cfg.beta:
-        reference = "adapters off" if run.reference is None else "a copy"
-    return (
-        f"memory: weights {weights / 1e9:.2f} GB, gradients and optimiser {state / 1e9:.2f} GB, "
-        f"reference {reference}, KV cache about {cache / 1e9:.2f} GB for {slots} slots"
-    )
-
-
-COLUMNS = [  # heading, metric, format
-    ("reward", "reward", "7.3f"),
-    ("spread", "reward_spread", "7.3f"),
-    ("kl", "kl", "8.4f"),
-    ("entropy", "entropy", "7.3f"),
-    ("length", "completions/mean_length", "7.1f"),
-    ("cut%", "completions/clipped_ratio", "6.1%"),
-    ("same%", "frac_reward_zero_std", "6.0%"),
-    ("none", "reward_failures", "4.0f"),
-    ("|grad|", "grad_norm", "7.3f"),
-    ("sample t/s", "tokens_per_second/sample", "10,.0f"),
-    ("train t/s", "tokens_per_second/train", "10,.0f"),
-]
-
-
-def line(run, m=None, seconds_left=0.0) -> str:
-    """One aligned line of the screen for metrics m, or its heading."""
-    parts = []
-    if len(run.rewards) > 1:
-        for label, _, _ in run.rewards:
-            name = label[:10]
-            parts.append((name, f"rewards/{label}/mean", f"{max(7, len(name))}.3f"))
-    cells = [f"{'step':>6}" if m is None else f"{m['step']:6d}"]
-    for heading, metric, spec in [COLUMNS[0], *parts, *COLUMNS[1:]]:
-        width = max(int(spec.split(",")[0].split(".")[0]), len(heading))
-        cells.append(f"{cell(heading, metric, spec, m):>{width}}")
-    if m is None:
-        return "  ".join(cells) + "    left"
-    minutes, seconds = divmod(int(seconds_left), 60)
-    return "  ".join(cells) + f"  {minutes:3d}:{seconds:02d}"
-
-
-def cell(heading, metric, spec, m) -> str:
-    if m is None:
-        return heading
-    value = m.get(metric)
-    return "-" if value is None else format(value, spec)
-
-
-def show_sample(row, text, reward):
-    say(f"      | {shorten(last_words(row['prompt']))} -> {shorten(text)}   reward {reward:.2f}")
-
-
-def last_words(prompt) -> str:
-    """The prompt as text: of a list of messages, the last one."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
-def shorten(text: str, n: int = 70) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= n else text[: n // 2] + " .. " + text[-n // 2 :]
-
-
-def finish(run, before, after):
-    """The last lines: before, after, one problem answered before and after, and where everything is.
-
-    before, after: (metrics, texts) of an evaluation, or None.
-    """
-    if before and after and before[0] and after[0]:
-        say(f"\nbefore: {summary(before[0])}\nafter:  {summary(after[0])}")
-        changed = [i for i, (b, a) in enumerate(zip(before[1], after[1])) if b != a] or [0]
-        i = changed[0]
-        say(f"\n  {shorten(last_words(run.task.eval[i]['prompt']), 400)}")
-        say(f"  before: {shorten(before[1][i], 400)}\n  after:  {shorten(after[1][i], 400)}\n")
-    folder = run.out / "ckpt" / f"step_{run.state['step']:06d}"
-    curve, rollouts = run.out / "metrics.jsonl", run.out / "rollouts"
-    say(f"curve: {curve}   rollouts: {rollouts}   checkpoint: {folder}")

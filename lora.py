@@ -82,9 +82,9 @@ class LoRALinear(nn.Module):
                 self.targets.append(part)
                 self.rows.append(slice(start, start + size))
             start += size
-        D = base.weight.shape[1]
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        where = dict(device=base.weight.device, dtype=dtype)
+        D = base.width
+        dtype = torch.promote_types(base.like.dtype, torch.float32)
+        where = dict(device=base.like.device, dtype=dtype)
         # PEFT's start: A uniform like nn.Linear's weight, B zero. Drawn on the CPU, so
         # that every device starts alike.
         A = (torch.rand(len(self.targets) * rank, D, generator=generator) * 2 - 1) / math.sqrt(D)
@@ -115,12 +115,12 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self):
-        """base.weight + scale * B A, (rows, D), added in fp32 and rounded once to the base's dtype."""
+        """W + scale * B A, (rows, D), added in fp32 and rounded once to the base's dtype."""
         # A copy, because the base stays what it is: the reference, and the start of the next merging.
-        weight = self.base.weight.to(self.A.dtype, copy=True)
+        weight = self.base.dense().to(self.A.dtype, copy=True)
         for rows, A, B in zip(self.rows, self.A.split(self.rank), self.B):
             weight[rows].addmm_(B, A, alpha=self.scale)
-        return weight.to(self.base.weight.dtype)
+        return weight.to(self.base.like.dtype)
 
 
 def versions(tensors) -> list[tuple[int, int]]:
@@ -209,10 +209,15 @@ def merge(model):
     the same address, which CUDA graphs hold. Gradients still reach A and B.
 
     Raises ValueError, with nothing changed, for an adapter with dropout: that acts on what goes into A alone,
-    and W' has one input for all.
+    and W' has one input for all. And on a base in 4 bits, whose W' would be the memory that it saves.
     """
     adapted = layers(model).values()
     for layer in adapted:
+        if not hasattr(layer.base, "weight"):
+            raise ValueError(
+                "an adapter on a base in 4 bits is not merged in place, since W' takes four times its "
+                "memory: leave it unmerged, or write the merged model to a folder (lora.merged_state)"
+            )
         if layer.dropout:
             raise ValueError(
                 f"an adapter with dropout {layer.dropout} cannot be merged, since dropout acts on its input "
@@ -258,12 +263,20 @@ def merged_bytes(model) -> int:
 
 
 def merged_state(model) -> dict[str, torch.Tensor]:
-    """Parameter names of the model without LoRA -> tensors with the adapters added in.
+    """Parameter names of the model without LoRA -> tensors with the adapters added in, none in 4 bits.
 
     It is what model.save writes as a full checkpoint.
     """
     adapted = layers(model)
     state = {}
+    for name, module in model.named_modules():
+        # Of a layer in 4 bits no parameter holds the weight.
+        in_4_bits = hasattr(module, "dense") and not hasattr(module, "weight")
+        if in_4_bits and name.endswith(".base"):
+            layer = name.removesuffix(".base")
+            state[f"{layer}.weight"] = adapted[layer].merged_weight()
+        elif in_4_bits:
+            state[f"{name}.weight"] = module.dense().clone()
     for name, p in model.named_parameters():
         layer, is_base, last = name.rpartition(".base.")
         if is_base and last == "weight":

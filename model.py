@@ -26,8 +26,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+import nf4
 from kernels import linear_logprob as scoring
 from kernels.logprob import any_truncation, logits_fp32, logprob
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -69,7 +71,7 @@ class Linear(nn.Module):
 
     def __init__(self, width: int, parts: dict[str, int], bias=frozenset()):
         super().__init__()
-        self.parts = parts
+        self.parts, self.width = parts, width
         rows = sum(parts.values())
         # The parts lie under each other in this order; border_names cuts them apart again for the file.
         self.weight = nn.Parameter(torch.empty(rows, width))
@@ -78,6 +80,16 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
+
+    # What lora.py asks of a layer that may also be in 4 bits (nf4.NF4Linear).
+    def dense(self):
+        """The weight (rows, width) in full."""
+        return self.weight
+
+    @property
+    def like(self):
+        """A tensor of the layer's dtype and device."""
+        return self.weight
 
 
 def nothing(*_):
@@ -106,6 +118,19 @@ class MadeAgain(torch.autograd.graph.saved_tensors_hooks):
                 return make(source)
 
         super().__init__(pack, unpack)
+
+
+def offloaded(block, x, cos, sin, plan):
+    """A block that is computed again in the backward, from an input that waits in the host's memory.
+
+    Pinned, so that the copies are the bus's work. The reentrant form of torch's checkpoint keeps its inputs
+    by way of hooks, the other does not; it wants an input with a gradient, which a frozen embedding does not
+    give.
+    """
+    if not x.requires_grad:
+        x = x.detach().requires_grad_()
+    with save_on_cpu(pin_memory=x.is_cuda):
+        return checkpoint(block, x, None, cos, sin, plan, use_reentrant=True)
 
 
 class Block(nn.Module):
@@ -207,7 +232,7 @@ class Transformer(nn.Module):
         cos, sin = self.rotation(positions)
         x, delta = F.embedding(ids, self.embed), None  # (T, D)
         learning = torch.is_grad_enabled()
-        recompute = self.checkpointing == "layers" and learning
+        recompute = self.checkpointing in ("layers", "offload") and learning
         light = self.checkpointing == "light" and learning
         for block in self.blocks:
             if recompute:
@@ -215,7 +240,10 @@ class Transformer(nn.Module):
                 # numbers and the gradients are the same bits as without.
                 # One tensor is kept of each layer, so the sum is made first.
                 x, delta = x if delta is None else x + delta, None
-                x, delta = checkpoint(block, x, delta, cos, sin, plan, use_reentrant=False)
+                if self.checkpointing == "offload":
+                    x, delta = offloaded(block, x, cos, sin, plan)
+                else:
+                    x, delta = checkpoint(block, x, delta, cos, sin, plan, use_reentrant=False)
             else:
                 x, delta = block(x, delta, cos, sin, plan, light)
         _, hidden = self.norm.of_sum(x, delta)
@@ -235,23 +263,6 @@ class Transformer(nn.Module):
         cos = (torch.cos(angles) * self.rope_scale).to(self.dtype)
         sin = (torch.sin(angles) * self.rope_scale).to(self.dtype)
         return cos, sin
-
-    def bytes_per_token(self) -> int:
-        """About what a forward keeps of each token for the backward, without the head's chunks.
-
-        A layer keeps its two inputs, their norms and the two sums, q, k, v before and after the rotation, the
-        attention's output, and gate, up and their product. Light, two sums, rotated q, k and v, the output,
-        gate and up. With "layers", its input alone. One layer at a time has everything.
-        """
-        s = self.shape
-        rotated, attended = (s.H + s.K) * s.E, s.H * s.E
-        everything = 6 * s.D + (s.H + 2 * s.K) * s.E + rotated + attended + 3 * s.intermediate
-        kept = s.L * everything
-        if self.checkpointing == "light":
-            kept = s.L * (2 * s.D + rotated + s.K * s.E + attended + 2 * s.intermediate) + everything
-        if self.checkpointing == "layers":
-            kept = s.L * s.D + everything
-        return kept * self.embed.itemsize
 
     def logits(self, ids):
         """Next-token logits (T, V) fp32 of one sequence ids (T,)."""
@@ -297,19 +308,47 @@ class Transformer(nn.Module):
         return logp, entropy, packed.rows
 
 
-def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu") -> Transformer:
+@torch.no_grad()
+def create(config: dict, *, seed: int, dtype=torch.float32, device="cpu", base="dense") -> Transformer:
     """A model of random weights: normal with the config's initializer_range (0.02), norms 1, biases 0.
 
-    config: as in a config.json. Returns it in evaluation mode.
+    config: as in a config.json. base: as in `load`. Returns it in evaluation mode.
     """
-    model = Transformer(config).to(dtype)
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    make_room(model, dtype, device, base)
     # Drawn on the CPU, so that every device starts from the same numbers.
     generator = torch.Generator().manual_seed(seed)
     spread = config.get("initializer_range", 0.02)
-    for p in model.parameters():
-        if p.dim() > 1:  # norms and biases stay at the 1 and 0 that they were made with
-            p.data.copy_(torch.randn(p.shape, generator=generator) * spread)
-    return model.to(device).eval()
+    for name, shape in shapes.items():
+        if len(shape) == 1:  # norms and biases stay at 1 and 0
+            continue
+        weight = torch.randn(shape, generator=generator).mul_(spread)
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nf4.NF4Linear):
+            module.fill(weight.to(module.like))
+        else:
+            model.get_parameter(name).copy_(weight)
+    return model.eval()
+
+
+@torch.no_grad()
+def make_room(model: Transformer, dtype, device, base: str):
+    """Gives a model from the device "meta" memory for its numbers: weights unset, norms 1, biases 0.
+
+    base "nf4": linear layers get none, and are frozen (nf4.py). ValueError for another than that and "dense".
+    """
+    if base == "nf4":
+        nf4.replace(model)
+    elif base != "dense":
+        raise ValueError(f"base = {base!r} is not one of 'dense', 'nf4'")
+    # In this order, so that bf16 weights never take the room of fp32.
+    model.to(dtype).to_empty(device=device)
+    # to_empty's memory is not cleared, and a file does not fill the rows of parts without a bias.
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.fill_(0.0 if name.endswith(".bias") else 1.0)
 
 
 # --------------------------------------------------------------------------------- Hugging Face's folders, in
@@ -386,11 +425,13 @@ def find_checkpoint(path: str) -> str:
         ) from e
 
 
-def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
+def load(path: str, *, dtype=torch.float32, device="cpu", base="dense") -> Transformer:
     """A model from a Hugging Face folder or hub id: config.json and one or many safetensors shards.
 
-    Weights are converted to dtype, whatever the file's. Returns the model in evaluation mode, as transformers
-    does: an adapter that is loaded on top drops nothing until training asks for it.
+    Weights are converted to dtype, whatever the file's; a checkpoint in NF4 as bitsandbytes writes it is
+    expanded. base "nf4": the projections are held in 4 bits, quantised as they are read or as they stand in
+    the file, and the model is frozen (nf4.py). Returns the model in evaluation mode, as transformers does: an
+    adapter that is loaded on top drops nothing until training asks for it.
 
     Raises ValueError for a missing folder, an option that is not implemented, and every missing, extra or
     misshapen tensor, by name.
@@ -401,12 +442,7 @@ def load(path: str, *, dtype=torch.float32, device="cpu") -> Transformer:
         # Made before the weights are looked for: an option not implemented is the first thing to know.
         model = Transformer(read_json(path, "config.json"))
     shards = find_shards(path)
-    # In this order, so that bf16 weights never take the room of fp32.
-    model.to(dtype).to_empty(device=device)
-    # to_empty's memory is not cleared, and the file does not fill the rows of parts without a bias.
-    for name, p in model.named_parameters():
-        if name.endswith(".bias"):
-            nn.init.zeros_(p)
+    make_room(model, dtype, device, base)
     fill(model, path, shards)
     return model.eval()
 
@@ -437,26 +473,18 @@ def fill(model: Transformer, path: str, shards: list[str]):
     logit.
     """
     names = border_names(model)
-    parameters = dict(model.named_parameters())
     seen, unknown, second_head = set(), [], None
-    for shard in shards:
-        for name, tensor in read_tensors(os.path.join(path, shard)):
-            if name in names:
-                ours, rows = names[name]
-                # A view of our rows, so that the copy below lands in the parameter itself.
-                target = parameters[ours].data[rows]
-                if target.shape != tensor.shape:
-                    raise ValueError(
-                        f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
-                        f"config.json asks for {tuple(target.shape)}"
-                    )
-                # To the model's device and dtype, whatever the file's.
-                target.copy_(tensor)
-                seen.add(name)
-            elif name == "lm_head.weight":  # and the config ties it, or it would be in names
-                second_head = tensor
-            elif not name.endswith(HARMLESS):
-                unknown.append(name)
+    for name, tensor in nf4.join(read_shards(path, shards)):
+        if name in names:
+            try:
+                put(model, *names[name], name, tensor)
+            except ValueError as e:
+                raise ValueError(f"{path}: tensor {name} has {e}") from None
+            seen.add(name)
+        elif name == "lm_head.weight":  # and the config ties it, or it would be in names
+            second_head = tensor
+        elif not name.endswith(HARMLESS):
+            unknown.append(name)
     # Told together, with the first few names of each: one slip (a prefix, a tied head) often explains all.
     missing = sorted(names.keys() - seen)
     if missing or unknown:
@@ -471,6 +499,30 @@ def fill(model: Transformer, path: str, shards: list[str]):
             f"{path}: config.json ties the head to the embedding, and lm_head.weight is not equal to it: "
             "set tie_word_embeddings to false there"
         )
+
+
+@torch.no_grad()
+def put(model: Transformer, ours: str, rows: slice, name: str, tensor):
+    """Copies a file's tensor, which may be in 4 bits, to our parameter's rows: in its dtype, on its device.
+
+    ValueError where it has another shape than these rows.
+    """
+    module = model.get_submodule(ours.rpartition(".")[0])
+    if isinstance(module, nf4.NF4Linear) and ours.endswith(".weight"):
+        part = name.split(".")[-2]
+        if not isinstance(tensor, nf4.NF4Weight):
+            # As transformers does it with bitsandbytes: first rounded to the model's dtype, then quantised.
+            tensor = nf4.quantise(tensor.to(module.like))
+        module.put(part, tensor)
+        return
+    # A view of our rows, so that the copy below lands in the parameter itself.
+    target = model.get_parameter(ours).data[rows]
+    if target.shape != tensor.shape:
+        raise ValueError(f"shape {tuple(tensor.shape)}, config.json asks for {tuple(target.shape)}")
+    if isinstance(tensor, nf4.NF4Weight):
+        tensor = tensor.expand_into(torch.empty(tensor.shape, dtype=target.dtype))
+    # To the model's device and dtype, whatever the file's.
+    target.copy_(tensor)
 
 
 def count_and_name(what: str, names: list[str]) -> str:
@@ -491,12 +543,24 @@ def read_json(folder: str, name: str) -> dict:
             raise ValueError(f"{path} is not JSON ({e}): was its download cut short?") from None
 
 
+def read_shards(path: str, shards: list[str]):
+    """Names and tensors of all shards, one tensor in memory at a time."""
+    for shard in shards:
+        yield from read_tensors(os.path.join(path, shard))
+
+
 def read_tensors(path: str):
     """Names and tensors of a safetensors file, one in memory at a time. ValueError where it is not whole."""
     try:
         with safe_open(path, framework="pt") as f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
+            names = list(f.keys())
+        for name in names:
+            # The file is mapped, and a page that was read counts as ours until its mapping goes. With one for
+            # all tensors the whole file was in memory at the end, beside the model.
+            with safe_open(path, framework="pt") as f:
+                tensor = f.get_tensor(name)
+            yield name, tensor
+            del tensor
     except SafetensorError as e:
         raise ValueError(
             f"{path} is not a whole safetensors file ({e}): was its download cut short?"
@@ -534,6 +598,7 @@ def save(model: Transformer, folder: str, state: dict | None = None):
     # The key was torch_dtype before transformers 4.56. Both must say the same, or readers would disagree.
     dtype = str(model.dtype).removeprefix("torch.")
     config = model.config | {"dtype": dtype}
+    config.pop("quantization_config", None)  # a checkpoint read in 4 bits is written in full
     if "torch_dtype" in config:
         config["torch_dtype"] = dtype
     with open(os.path.join(folder, "config.json"), "w") as f:

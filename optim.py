@@ -21,7 +21,10 @@ Several ranks may share the moments and masters (ZeRO-1, arXiv:1910.02054): each
 of its own parameters alone, 12 of bf16's 18 bytes divided by the ranks, and gets the rest of the weights
 from their owners after each step. Same arithmetic, same bits.
 
-Papers: AdamW arXiv:1711.05101; mixed precision with master weights arXiv:1710.03740.
+With bits=8 the moments of large tensors are held in 8 bits (blocks.py), 2 bytes a parameter for 8: of bf16's
+18 bytes 12 remain. They are expanded a piece at a time, updated in fp32 and rounded again.
+
+Papers: AdamW arXiv:1711.05101; mixed precision with master weights arXiv:1710.03740; 8 bits arXiv:2110.02861.
 """
 
 import math
@@ -33,15 +36,25 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+import blocks
+
 # torch's names of Adam's running means of grad and grad ** 2.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Numbers in a piece of a gradient when its norm is taken, see grad_norm.
 NORM_PIECE = 1 << 18
 
+# Moments of 8 bits, as in bitsandbytes: numbers that share a scale, and the least that a tensor must have.
+# Biases and norms are below it: they take no memory and are the most easily upset.
+BLOCK = 256
+LEAST_8_BIT = 4096
+# Numbers updated at once: on a CPU what a cache holds, on a GPU so few that their fp32 moments are no memory.
+PIECE_8_BIT = {"cpu": 1 << 16, "cuda": 1 << 24}
+
 
 class AdamW:
     """AdamW over `named_params`, [(name, parameter)]; those with requires_grad=False are left out.
 
+    bits: 32, or 8 for the moments of tensors with at least 4,096 numbers.
     owners: the rank that updates each of the trained parameters, and `rank`, who we are; None: all are ours.
     weight_decay: decoupled (w -= lr * weight_decay * w), on tensors of at least `decay_from_dims` dims.
     Pulling norm gains and biases to zero changes the scale of whole layers and regularises nothing.
@@ -59,6 +72,7 @@ class AdamW:
         decay_from_dims: int = 2,
         owners: list[int] | None = None,
         rank: int = 0,
+        bits: int = 32,
     ):
         trainable = [(name, param) for name, param in named_params if param.requires_grad]
         refuse_nothing_and_twice(trainable)
@@ -91,8 +105,12 @@ class AdamW:
 
         # Two groups, because torch has one weight decay a group.
         self.updated = [t for t, mine in zip(self.fp32, self.mine) if mine]
-        decayed = [t for t in self.updated if t.dim() >= decay_from_dims]
-        plain = [t for t in self.updated if t.dim() < decay_from_dims]
+        self.bits = bits
+        large = [t for t in self.updated if is_8_bit(t, bits)]
+        self.eight = AdamW8bit(large, betas, eps, weight_decay, decay_from_dims)
+        others = [t for t in self.updated if not is_8_bit(t, bits)]
+        decayed = [t for t in others if t.dim() >= decay_from_dims]
+        plain = [t for t in others if t.dim() < decay_from_dims]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in self.params)
@@ -108,9 +126,14 @@ class AdamW:
         Made now and not at the first update: a run that has no memory for them fails before it has sampled
         anything, and state() of a run at step 0 has the same tensors as at any other.
         """
-        for t in self.updated:
+        self.moments = {t: first_moments(t, self.bits, t.device) for t in self.updated}
+        self.counters = []  # torch's, one a tensor
+        for t, moments in self.moments.items():
+            if is_8_bit(t, self.bits):
+                self.eight.moments[t] = moments
+                continue
             counter = torch.zeros((), dtype=torch.float32, device=t.device if fused else "cpu")
-            moments = {moment: torch.zeros_like(t) for moment in MOMENTS}
+            self.counters.append(counter)
             self.adamw.state[t] = {"step": counter, **moments}
 
     def masters(self) -> list[tuple[int, Tensor]]:
@@ -169,6 +192,7 @@ class AdamW:
             group["lr"] = lr
         self.adamw.step()
         self.updates += 1
+        self.eight.step(lr, int(self.updates))
         # torch's fused kernel does not count its writes. Counted, a backward through weights of before the
         # update is an error and not a wrong gradient, and lora.py sees that a merged weight is out of date.
         increment_version(self.updated)
@@ -193,14 +217,15 @@ class AdamW:
         """Everything the next update depends on, beside gradients and 32-bit weights, under flat names.
 
         `step`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for each parameter below 32 bits; of our
-        parameters, where ranks share them. These are the live tensors, not copies (a copy of all would not
+        parameters, where ranks share them. Moments of 8 bits have a second tensor each, `exp_avg_absmax.NAME`
+        and `exp_avg_sq_absmax.NAME`. These are the live tensors, not copies (a copy of all would not
         fit): write them before the next update.
         """
         tensors = {}
         for name, param, t, mine in zip(self.names, self.params, self.fp32, self.mine):
             if mine:
-                for moment in MOMENTS:
-                    tensors[f"{moment}.{name}"] = self.adamw.state[t][moment]
+                for moment, tensor in self.moments[t].items():
+                    tensors[f"{moment}.{name}"] = tensor
                 if t is not param:
                     tensors[f"master.{name}"] = t
         tensors["step"] = self.updates
@@ -210,11 +235,10 @@ class AdamW:
         """What state() is where nothing is shared, on the device "meta": names, shapes, dtypes and bytes."""
         tensors = {"step": torch.empty((), device="meta")}
         for name, param in zip(self.names, self.params):
-            kinds = MOMENTS if param.dtype.itemsize >= 4 else (*MOMENTS, "master")
-            wide = torch.promote_types(param.dtype, torch.float32)
-            tensors |= {
-                f"{kind}.{name}": torch.empty_like(param, dtype=wide, device="meta") for kind in kinds
-            }
+            found = first_moments(param, self.bits, "meta")
+            if param.dtype.itemsize < 4:
+                found["master"] = torch.empty_like(param, dtype=torch.float32, device="meta")
+            tensors |= {f"{kind}.{name}": tensor for kind, tensor in found.items()}
         return tensors
 
     @torch.no_grad()
@@ -229,8 +253,8 @@ class AdamW:
         refuse_other_state(state, self.whole_state())
         for name, t in self.state().items():
             t.copy_(state[name])
-        for t in self.updated:
-            self.adamw.state[t]["step"].copy_(state["step"])
+        for counter in self.counters:
+            counter.copy_(state["step"])
         for name, param in zip(self.names, self.params):
             if param.dtype.itemsize < 4:  # in place: CUDA graphs hold these very addresses
                 param.copy_(state[f"master.{name}"])
@@ -239,6 +263,72 @@ class AdamW:
         """Our weights below 32 bits := their masters, in place: CUDA graphs hold these very addresses."""
         if self.low:
             torch._foreach_copy_([param for param, _ in self.low], [master for _, master in self.low])
+
+
+def is_8_bit(t: Tensor, bits: int) -> bool:
+    """Whether the moments of a parameter, or of its master, are held in 8 bits."""
+    return bits == 8 and t.numel() >= LEAST_8_BIT and t.dtype.itemsize <= 4
+
+
+def first_moments(t: Tensor, bits: int, device) -> dict[str, Tensor]:
+    """A parameter's moments before the first update: all zero. 8 bits: numbers uint8, and fp32 a block."""
+    if not is_8_bit(t, bits):
+        wide = torch.promote_types(t.dtype, torch.float32)
+        return {moment: torch.zeros_like(t, dtype=wide, device=device) for moment in MOMENTS}
+    found = {}
+    for moment in MOMENTS:
+        found[moment] = torch.zeros(t.shape, dtype=torch.uint8, device=device)
+        found[f"{moment}_absmax"] = torch.zeros(-(-t.numel() // BLOCK), device=device)
+    return found
+
+
+class AdamW8bit:
+    """AdamW's update of fp32 tensors whose moments are held in 8 bits, blocks of 256 (arXiv:2110.02861).
+
+    moments: tensor -> first_moments. The first moment is signed, the second not. Both are what bitsandbytes
+    holds, to the rounding of a number, but for one thing: a second moment that is not 0 never becomes 0. A
+    gradient of 1/2,000 of its block's largest would have such a one, its first moment would be divided by eps
+    alone at the next update, and the weight would jump.
+    """
+
+    def __init__(self, tensors, betas, eps, weight_decay, decay_from_dims):
+        self.tensors, self.betas, self.eps = tensors, betas, eps
+        self.decay = [weight_decay if t.dim() >= decay_from_dims else 0.0 for t in tensors]
+        self.moments: dict[Tensor, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, lr: float, number: int):
+        """Update `number`, counted from 1. Every tensor has a gradient."""
+        for t, decay in zip(self.tensors, self.decay):
+            size = PIECE_8_BIT.get(t.device.type, PIECE_8_BIT["cuda"])
+            moments = [x.view(-1) for x in self.moments[t].values()]
+            # Views of the live tensors: what is written into a piece is written into them.
+            pieces = [x.split(size if len(x) == t.numel() else size // BLOCK) for x in moments]
+            weight, grad = t.detach().view(-1), t.grad.reshape(-1)
+            for w, g, m, m_absmax, v, v_absmax in zip(weight.split(size), grad.split(size), *pieces):
+                mean = blocks.expand(m, m_absmax, blocks.dynamic_map(True, t.device), BLOCK)
+                square = blocks.expand(v, v_absmax, blocks.dynamic_map(False, t.device), BLOCK)
+                self.update(w, g, mean, square, lr, number, decay)
+                keep(mean, m, m_absmax, signed=True)
+                keep(square, v, v_absmax, signed=False)
+
+    def update(self, w, g, mean, square, lr, number, decay):
+        """Moves moments and weights (n,), all fp32, in place by the gradient g."""
+        beta1, beta2 = self.betas
+        mean.mul_(beta1).add_(g, alpha=1 - beta1)
+        square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        deviation = (square.sqrt() / math.sqrt(1 - beta2**number)).add_(self.eps)
+        w.mul_(1 - lr * decay)
+        w.addcdiv_(mean, deviation, value=-lr / (1 - beta1**number))
+
+
+def keep(moment: Tensor, numbers: Tensor, absmax: Tensor, signed: bool):
+    """Writes an fp32 moment (n,) into its 8 bits and their scales."""
+    found, scales = blocks.quantise(moment, BLOCK, signed)
+    if not signed:
+        found += (found == 0) & (moment > 0)
+    numbers.copy_(found)
+    absmax.copy_(scales)
 
 
 class GradientOnly:
@@ -298,7 +388,9 @@ def refuse_other_state(state: dict[str, Tensor], mine: dict[str, Tensor]) -> Non
             more = ", ..." if len(names) > 4 else ""
             told.append(f"{len(names)} {what} ({', '.join(names[:4])}{more})")
     if told:
-        raise ValueError("this optimiser state is of another model, lora_rank or dtype: " + "; ".join(told))
+        raise ValueError(
+            "this optimiser state is of another model, lora_rank, dtype or optimizer_bits: " + "; ".join(told)
+        )
 
 
 def learning_rate(

@@ -12,17 +12,19 @@ import os
 
 import torch
 
+import checkpoint
 import data
 import lora
 import model as models
 
 
-def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=torch.float32, device="cpu"):
+def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=torch.float32, device="cpu",
+                base="dense"):  # fmt: skip
     """(model, tokenizer, stop ids, path of the base) of a checkpoint folder or hub id.
 
     scratch: sizes (keys of a config.json) of a model of random weights instead, whose tokenizer knows
-    `alphabet`. An adapter (its own folder, or `path` itself being one) is put on with LoRA. Raises
-    ValueError as model.load and lora.load_adapter do.
+    `alphabet`. An adapter (its own folder, or `path` itself being one) is put on with LoRA. base: "nf4" holds
+    the projections in 4 bits (nf4.py). Raises ValueError as model.load and lora.load_adapter do.
     """
     if scratch is not None:
         tokenizer = data.char_tokenizer(alphabet)
@@ -31,14 +33,14 @@ def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=to
         )
         config = dict(model_type="llama", architectures=["LlamaForCausalLM"], **special)
         config |= dict(vocab_size=len(tokenizer), **scratch)
-        model = models.create(config, seed=seed, dtype=dtype, device=device)
+        model = models.create(config, seed=seed, dtype=dtype, device=device, base=base)
         return model, tokenizer, [tokenizer.eos_token_id], ""
 
     from transformers import AutoTokenizer  # here, because importing transformers takes seconds
 
     folder, its_adapter, path = find_model(path)
     adapter = adapter or its_adapter
-    model = models.load(folder, dtype=dtype, device=device)
+    model = models.load(folder, dtype=dtype, device=device, base=base)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if adapter:
         lora.load_adapter(model, adapter)
@@ -48,12 +50,23 @@ def load_policy(path, *, adapter="", scratch=None, alphabet="", seed=0, dtype=to
 def find_model(path: str) -> tuple[str, str, str]:
     """(checkpoint folder, adapter folder or "", path of the base) of a model's or adapter's folder or hub id.
 
-    Downloads what is not there. Raises ValueError where there is no such model.
+    A run's folder, out/NAME, is its newest whole checkpoint. Downloads what is not there. Raises ValueError
+    where there is no such model.
     """
-    adapter = ""
+    adapter, path = "", newest_of_run(path)
     if os.path.exists(os.path.join(path, "adapter_config.json")):
         adapter, path = path, lora.read_config(path)["base_model_name_or_path"]
     return models.find_checkpoint(path), adapter, path
+
+
+def newest_of_run(path: str) -> str:
+    """The newest whole checkpoint where `path` is the folder of a run, else `path` itself."""
+    if not os.path.isdir(os.path.join(path, "ckpt")):
+        return path
+    found = checkpoint.newest(path)
+    if found is None:
+        raise ValueError(f"{path} is a run without a whole checkpoint: give the folder of a model")
+    return str(found)
 
 
 def save_policy(model, tokenizer, stop_ids, folder, *, base):
@@ -71,7 +84,7 @@ def save_policy(model, tokenizer, stop_ids, folder, *, base):
 
 
 def pick_device(device: str, dtype: str, threads: int = 0) -> tuple[str, torch.dtype]:
-    """("cuda" or "cpu", dtype) for a config's "auto"; sets torch's CPU threads (0: one a core).
+    """("cuda", "cpu" or "mps", dtype) for a config's "auto"; sets torch's CPU threads (0: one a core).
 
     "auto" is bf16 on a GPU and fp32 on a CPU: most CPUs have no bf16 and emulate it 50 times slower.
     """
@@ -81,6 +94,8 @@ def pick_device(device: str, dtype: str, threads: int = 0) -> tuple[str, torch.d
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
+    if device == "mps":  # every kernel takes its torch form there
+        print("device = 'mps' is untested: look at the first steps, and compare with --device=cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return device, getattr(torch, dtype)

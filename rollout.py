@@ -28,7 +28,6 @@ Dims: B prompts, G rows a prompt, N = B*G rows, n live rows, P prompt length, D 
 """
 
 import math
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ import torch
 
 import cache
 import decode
+import progress
 from cache import cache_bytes, group_places, plan_places, plan_slots
 from decode import Slots, upload
 from kernels import sample as sampling
@@ -114,6 +114,7 @@ class Sampler:
         prompt_numbers=None,
         entropy=False,
         on_group=None,
+        on_token=None,
         label="sampling",
     ) -> Rollout:
         """Draws group_size completions of each prompt.
@@ -122,7 +123,8 @@ class Sampler:
         a row; a prompt near the end of the model's context gets what is left. stop_ids: any of them ends a
         row and stays in it. temperature 0 is greedy. seed, step, prompt_numbers (default 0..B-1): the keys of
         the draws. entropy: note that of every distribution drawn from, too. on_group(b, ids): called when the
-        last row of prompt b is finished. label: of the progress bar.
+        last row of prompt b is finished. on_token(row, id): called for every token as it is recorded. label:
+        of the progress bar; "" shows none.
 
         Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
         """
@@ -138,14 +140,15 @@ class Sampler:
         )
         limits = self.row_limits(prompts, group_size, max_new_tokens)
         self.open_accounts(prompts, group_size, limits, stop_ids, entropy, on_group)
+        self.on_token = on_token
         self.prepare_slots()
-        self.progress = Progress(len(limits), label)
-        try:
-            self.prepare_draws(seed, step, numbers, **policy)
-            self.loop()
-            return self.result()
-        finally:
-            self.release()
+        with progress.doing(label, len(limits)) as self.progress:
+            try:
+                self.prepare_draws(seed, step, numbers, **policy)
+                self.loop()
+                return self.result()
+            finally:
+                self.release()
 
     def loop(self):
         """The whole of sampling: seat rows, run a block, record what was drawn, until no row is live."""
@@ -448,6 +451,8 @@ class Sampler:
             ids = self.ids[row]
             ids.append(token)
             self.logprobs[row].append(logp)
+            if self.on_token:
+                self.on_token(row, token)
             if token in self.stop_ids or len(ids) == self.limits[row]:
                 self.stopped[row] = token in self.stop_ids
                 self.ended[row] = True
@@ -456,7 +461,8 @@ class Sampler:
             self.leave(row // self.G)
         self.drawn += len(rows)
         self.finished += len(ended)
-        self.progress.show(self.finished, self.drawn)
+        rate = self.drawn / (time.perf_counter() - self.progress.start)
+        self.progress.show(self.finished, f"{self.drawn:,} tokens, {rate:,.0f}/s")
 
     def leave(self, b: int):
         """A row of prompt b is finished. When it was the last, nobody reads the
@@ -518,7 +524,6 @@ class Sampler:
 
     def release(self):
         """Drops what belongs to this call alone: packed weights, keys, and slots that are not kept."""
-        self.progress.close()
         self.slots.end()
         self.twin = self.head = self.keys = None
         if self.kept is not None and self.kept.bytes() > decode.kept_bytes(self.model.device):
@@ -542,29 +547,6 @@ class Prefill(Packed):
     def keep(self, layer, k, v):
         self.cache.prompt_k[layer][self.place, :, self.positions] = k
         self.cache.prompt_v[layer][self.place, :, self.positions] = v
-
-
-class Progress:
-    """A line that moves while rows finish, when standard error is a terminal; nothing otherwise."""
-
-    def __init__(self, total: int, label: str):
-        self.total, self.label = total, label
-        self.start, self.last = time.perf_counter(), 0.0
-        self.shown = sys.stderr.isatty()
-
-    def show(self, done: int, tokens: int):
-        now = time.perf_counter()
-        if not self.shown or now - self.last <= 0.2:
-            return
-        self.last = now
-        bar = "#" * (20 * done // self.total)
-        rate = tokens / (now - self.start)
-        line = f"\r{self.label} [{bar:20}] {done}/{self.total}  {rate:,.0f} tokens/s "
-        print(line, end="", file=sys.stderr, flush=True)
-
-    def close(self):
-        if self.shown:
-            print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
 
 
 def check_prompts(shape, prompts, numbers):

@@ -11,23 +11,28 @@ import contextlib
 import copy
 import dataclasses
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import checks
 import config as configs
 import data
 import kernels
 import lora
 import loss
+import nf4
 import optim
+import progress
 import ranks
 import rewards as rewarding
 import rundir
 import warmup
 from fingerprint import hash_of_weights
+from memory import Peaks, held_by_python
 from policy import find_model, load_policy, pick_device, save_policy
 from rollout import Sampler
 
@@ -40,10 +45,16 @@ class Run:
         device, self.dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
         self.kernels = kernels.use(cfg.kernels)
         self.device = ranks.start(device)
+        self.peaks = Peaks(self.device)
+        self.before = 0 if self.device.startswith("cuda") else held_by_python()
         refuse_uneven_ranks(cfg)
         self.rewards = rewarding.resolve(cfg.rewards)
         rewarding.check_sandbox(self.rewards, cfg.sandbox)
-        self.task = data.load_task(cfg.task, **configs.task_options(cfg))
+        with progress.doing(
+            f"reading the task {cfg.task}" if isinstance(cfg.task, str) else "reading the task"
+        ):
+            self.task = data.load_task(cfg.task, **configs.task_options(cfg))
+        checks.columns(cfg, self.rewards, self.task)
         self.advantages = advantage_function(cfg)
         self.objective = configs.objective_options(cfg)
 
@@ -51,15 +62,17 @@ class Run:
         # point, when a step is complete (train.py). `advantage` is whatever an advantage function keeps.
         self.state = dict(step=0, num_tokens=0, advantage={})
         self.whole = True  # whether the weights are those of state["step"], and not in the middle of a step
+        self.checked_memory = False  # whether the plan has been compared with what was held
         self.checked = False  # whether sampler and trainer have been compared
         self.keys = rundir.plain(dataclasses.asdict(cfg))
         self.identity = {key: self.keys[key] for key in rundir.IDENTITY}
         with ranks.together():  # before minutes of loading: is there a checkpoint, and is it this run's?
             self.id, self.resumed, moments, changed = self.find_checkpoint()
             if not cfg.resume:
-                self.look_for_model()
+                with progress.doing(f"looking for the model {configs.model_name(cfg)}"):
+                    self.look_for_model()
         self.claim_folder(changed)
-        with ranks.together():
+        with ranks.together(), progress.doing("loading the model"):
             self.load_models()
         for model in (self.model, self.reference):
             if model is not None:
@@ -79,11 +92,13 @@ class Run:
             lr=cfg.lr,
             betas=(cfg.adam_beta1, cfg.adam_beta2),
             weight_decay=cfg.weight_decay,
+            bits=cfg.optimizer_bits,
             owners=owners,
             rank=ranks.rank(),
         )
         if moments is not None:
             self.optimizer.load_state(moments)
+        self.peaks.of["load"] = self.peaks.note()
         with ranks.together():
             if ranks.rank() == 0:
                 self.check_room()
@@ -99,7 +114,7 @@ class Run:
         changed = rundir.check_resumable(before.get("config", {}), self.keys, self.out)
         found = checkpoint.newest(self.out, before.get("run"))
         if found is None:
-            if checkpoint.has_any(self.out):
+            if checkpoint.count(self.out):
                 raise ValueError(
                     f"no checkpoint in {self.out / 'ckpt'} is whole and of this run, so there is nothing to "
                     "resume: to begin anew, leave out --resume, and what is there is moved aside"
@@ -125,6 +140,8 @@ class Run:
                     self.id = self.id or rundir.new_identity()
                 else:
                     self.id, moved = rundir.claim(self.out)
+        if ranks.world() > 1 and ranks.rank() == 0:
+            self.lock = rundir.hold(self.out)
         self.id = ranks.gather(self.id)[0]
         if moved:
             ranks.say(f"{self.out} held an earlier run, which is now {moved}")
@@ -150,7 +167,9 @@ class Run:
         if self.resumed or not made_here:
             full_checkpoint = self.resumed is not None and not cfg.lora_rank  # then it is the whole model
             path = str(self.resumed) if full_checkpoint else self.base
-            loaded = load_policy(path, adapter=cfg.adapter, dtype=self.dtype, device=self.device)
+            loaded = load_policy(
+                path, adapter=cfg.adapter, dtype=self.dtype, device=self.device, base=cfg.base
+            )
             self.model, self.tokenizer, self.stop_ids, base = loaded
             if cfg.lora_rank:
                 self.base = base
@@ -184,7 +203,16 @@ class Run:
                 self.model, self.tokenizer, self.task, stop_id=self.stop_ids[0], say=ranks.say, **options
             )
         if ranks.rank() == 0:
-            save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
+            try:
+                with checkpoint.os_errors():
+                    save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
+            except OSError as error:
+                raise ValueError(
+                    f"the model that training starts from could not be written to {folder} "
+                    f"({error.strerror}): free some room, or choose another disk, --out_dir=PATH"
+                ) from error
+        if cfg.base == "nf4":  # as it will be read from the folder when the run is resumed
+            nf4.quantise_model(self.model)
 
     def load_adapter(self):
         """Puts LoRA on the model: a fresh adapter, the one that training starts
@@ -258,6 +286,19 @@ class Run:
             for r, p in zip(self.reference.parameters(), self.model.parameters()):
                 r.lerp_(p, self.cfg.ref_mix)
 
+    def rank_0_is_gone(self) -> bool:
+        """Whether rank 0 has died, and we are the first to ask. Not known without a shared folder."""
+        end = time.monotonic() + 2
+        while time.monotonic() < end:  # its sockets may be closed a moment before its files are
+            if not (self.out / ".lock").exists():
+                return False
+            self.lock = rundir.hold(self.out)
+            if self.lock:
+                saved = self.out / "ckpt" / f"step_{self.state['step']:06d}"
+                return not saved.exists()  # else rank 0 lived, saved, and has left
+            time.sleep(0.05)
+        return False
+
     def moments(self) -> dict:
         """The optimiser's state, on rank 0 whole whoever owns what. Every rank must call it."""
         if self.optimizer.owners is None:
@@ -273,10 +314,11 @@ class Run:
         """Writes ckpt/step_NNNNNN, whole or not at all. moments: the optimiser's, from `moments`."""
         state = {key: value for key, value in self.state.items() if key != "step"}
         state |= dict(model=self.identity, run=self.id)
-        return checkpoint.save(
-            self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
-            keep=self.cfg.keep,
-        )  # fmt: skip
+        with self.peaks("save"):
+            return checkpoint.save(
+                self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
+                keep=self.cfg.keep,
+            )  # fmt: skip
 
     def check_room(self):
         """Says, before the first step, that the disk is too small for the checkpoints that are to come.
@@ -284,8 +326,8 @@ class Run:
         With save_failure="stop" that is a ValueError. What the run has written before counts as written.
         """
         cfg, done = self.cfg, self.state["step"]
-        due = cfg.steps // cfg.save_every - done // cfg.save_every if cfg.save_every else 0
-        coming = max(due, int(cfg.steps > done))  # the last step is saved in any case
+        every = cfg.save_every or cfg.steps  # the last step is saved in any case
+        coming = -(-cfg.steps // every) - done // every if cfg.steps > done else 0
         there = len(list((self.out / "ckpt").glob("step_*")))
         if cfg.keep:
             coming = min(coming, max(1, cfg.keep + 1 - there))  # an old one goes when the new one is whole
@@ -320,9 +362,10 @@ def merges_adapters(cfg, model) -> bool:
 
     The adapter then costs nothing in sampling, where its thin products double a decoding step on a GPU, and
     the policy is to the bit the model that is exported. It takes a second copy of the adapted weights, since
-    the reference needs W. "auto": on a GPU with room for that copy four times over, and without dropout.
+    the reference needs W. "auto": on a GPU with room for that copy four times over, without dropout, and
+    never on a base in 4 bits, which that copy would be four times of.
     """
-    if not cfg.lora_rank or cfg.lora_merge == "off":
+    if not cfg.lora_rank or cfg.lora_merge == "off" or cfg.base == "nf4":
         return False
     if cfg.lora_merge == "on":
         return True

@@ -8,6 +8,7 @@ metrics.jsonl and in the state of every checkpoint. A resumed run keeps it, and 
 What changes on resume is said; what the start, the order of the data or the draws depend on may not change.
 """
 
+import fcntl
 import itertools
 import json
 import secrets
@@ -19,9 +20,9 @@ OURS = ("config.json", "metrics.jsonl", "rollouts", "ckpt", "start", "report.htm
 
 # Keys that weights, data order and draws depend on: a resumed run must have the same.
 IDENTITY = (
-    "model", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed",
+    "model", "base", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed",
     "sft_steps", "sft_batch", "sft_lr", "task", "task_options", "train_file", "system_prompt", "prefill",
-    "prompts_per_step",
+    "prompts_per_step", "optimizer_bits",
 )  # fmt: skip
 # Keys of how a run is watched or where it runs; their change is nobody's business.
 UNSAID = ("resume", "out_dir", "device", "threads", "wandb", "wandb_project", "show_every", "rollouts_every")
@@ -65,6 +66,20 @@ def claim(out: str | Path) -> tuple[str, Path | None]:
         moved = move_aside(out)
     checkpoint.writable(out)
     return new_identity(), moved
+
+
+def hold(out: str | Path):
+    """A lock on the folder: an open file, which the system closes when this process ends, however it ends.
+
+    None where another process holds it. By it the other ranks know whether rank 0 is gone.
+    """
+    file = open(Path(out) / ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it, or a file system has no locks
+        file.close()
+        return None
+    return file
 
 
 def move_aside(out: Path) -> Path:

@@ -6,12 +6,18 @@ Writes the warmed-up model to out/NAME_sft, a folder of its own, since out/NAME 
 folder that is used already is moved aside.
 """
 
+import progress
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is one sentence from here on
+    progress.begin("sft.py")
+
 import os
 import sys
 from pathlib import Path
 
 import torch
 
+import checks
 import config as configs
 import data
 import rundir
@@ -27,9 +33,10 @@ def main(cfg, folder=None):
     device, dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
     if dtype != torch.float32:
         print("the warm-up trains all weights; they are kept in fp32 inside the optimiser")
-    model, tokenizer, stop_ids, base = load_policy(
-        cfg.model, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed, dtype=dtype, device=device
-    )
+    with progress.doing(f"loading the model {configs.model_name(cfg)}"):
+        model, tokenizer, stop_ids, base = load_policy(
+            cfg.model, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed, dtype=dtype, device=device
+        )
     task = data.load_task(cfg.task, **configs.task_options(cfg))
     warm_up(model, tokenizer, task, stop_id=stop_ids[0], **configs.warm_up_options(cfg))
     if os.path.exists(os.path.join(folder, "config.json")):
@@ -40,8 +47,9 @@ def main(cfg, folder=None):
 
 if __name__ == "__main__":
     try:
-        config = configs.load(sys.argv[1:])
-        asked = any(word.startswith("--out_dir=") for word in sys.argv[1:])
-        main(config, config.out_dir if asked else None)
-    except ValueError as e:
+        config = checks.config_of("sft.py", sys.argv[1:])
+        asked = any(word.startswith("--out_dir") for word in sys.argv[1:])
+        with progress.doing("preparing the warm-up", drawn=False):
+            main(config, config.out_dir if asked else None)
+    except (ValueError, FloatingPointError, OSError, ImportError) as e:
         sys.exit(f"sft.py: {e}")

@@ -128,12 +128,20 @@ def refuse_unsupported(config: dict):
         checks["hidden_act"] = config["hidden_act"]
     for name in UNSUPPORTED:
         checks[name] = config.get(name)
+    if is_nf4(checks["quantization_config"] or {}):
+        checks["quantization_config"] = None  # which nf4.py reads
     for name, value in checks.items():
         if value:
             raise ValueError(
                 f"config.json has {name} = {value!r}, which is not implemented: "
                 "the model would give wrong results"
             )
+
+
+def is_nf4(quantization: dict) -> bool:
+    """Whether a quantization_config says that the tensors are bitsandbytes' NF4."""
+    kind = quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type")
+    return kind == ("bitsandbytes", "nf4") and bool(quantization.get("load_in_4bit"))
 
 
 def effective_window(config: dict) -> int | None:

@@ -17,6 +17,11 @@ Dims: B prompts a step, G completions a prompt, N = B * G rows of the step, n of
 rewards; T completion tokens of a micro-batch.
 """
 
+import progress
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is one sentence from here on
+    progress.begin("train.py")
+
 import contextlib
 import signal
 import sys
@@ -27,29 +32,27 @@ import numpy as np
 import torch
 
 import checkpoint
+import checks
 import config as configs
 import data
 import lora
+import memory
 import optim
 import ranks
 import report
 import rewards as rewarding
-from batch import Batch, Step, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
-from evaluation import evaluate, refuse_hopeless, summary
+from batch import Batch, Step, Timer, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
+from evaluation import evaluate, missing_form, refuse_hopeless
 from fingerprint import fingerprint, hash_of_ids
 from head import policy_head
 from kernels.logprob import any_truncation
 from log import (
     Log,
     completion_metrics,
-    finish,
-    header,
-    line,
     logged_metrics,
+    logged_sums,
     loss_metrics,
-    peak_gb,
     reward_metrics,
-    show_sample,
     write_answers,
     write_rollouts,
 )
@@ -57,6 +60,8 @@ from loss import add_stats, highest, normaliser, normalize_then_sum
 from ranks import gather, rank, say, world
 from rewards import flat_groups
 from run import Run
+from screen import evaluated, finish, header, legend, line, say_memory, show_sample, what_next
+from trackers import push
 
 # Largest |trainer - sampler| in nats that rounding explains. fp32 is compared by its worst token. In bf16
 # single tokens differ by tenths between two correct implementations, so there the mean is what tells a
@@ -86,6 +91,7 @@ def begin_step(run, number: int) -> Step:
         sampling=configs.sampling_options(cfg, number),
         rewards=rewards_at(run, number),
         lr=lr,
+        timer=Timer(run.peaks),
     )
 
 
@@ -114,11 +120,17 @@ def train_step(run, number: int) -> dict:
     step.drawn = step.scores = gather_scores(batch)
     if number == 1 and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
+        found = gather((missing_form(step.rewards, batch.texts), len(batch.texts)))
+        missing = None
+        if found[0][0]:
+            share = sum(lost for (_, lost), _ in found) / sum(texts for _, texts in found)
+            missing = found[0][0][0], share
         refuse_hopeless(
             step.drawn.rewards,
             step.drawn.stopped,
             cfg.max_new_tokens,
             within_groups=not callable(cfg.advantage),
+            missing=missing,
         )
     if cfg.resample_zero_groups:
         resample(run, step, batch)
@@ -130,27 +142,31 @@ def train_step(run, number: int) -> dict:
     batch.adv = A.chunk(world())[rank()].reshape(-1)  # (n,)
     metrics = learn(run, step, batch)
 
+    useful, weights_hash = share_of_useful_tokens(batch), run.weights_hash()  # of all ranks
     # The step is complete. From here on it counts: this is the one place where the run's state changes.
     ids = hash_of_ids(step.numbers, cfg.group_size, batch.out.ids)
-    counts = gather((step.tokens_drawn, step.tokens_read, ids))
-    drawn, read, ids = [sum(of_ranks) for of_ranks in zip(*counts)]
+    *counts, logged = zip(*gather((step.tokens_drawn, step.tokens_read, ids, logged_sums(step.logged))))
+    drawn, read, ids = [sum(of_ranks) for of_ranks in counts]
     num_tokens = run.state["num_tokens"] + drawn + read
     run.state = dict(step=number, num_tokens=num_tokens, advantage=advantage_state)
     run.sync_reference(number)
     run.whole = True
 
-    # All below is for people: it changes nothing that is learnt.
+    # All below is for people: it changes nothing that is learnt. Nothing below may need another rank: where
+    # one is gone, this step would be saved and its row would not be written.
     epoch = run.task.epoch(number, cfg.prompts_per_step)
     metrics |= dict(step=number, num_tokens=num_tokens, epoch=epoch, resampled_prompts=step.resampled)
     metrics |= reward_metrics(step.drawn, step.rewards)
     metrics |= completion_metrics(step.drawn)
-    metrics["fingerprint"] = fingerprint(ids, run.weights_hash())
+    metrics["fingerprint"] = fingerprint(ids, weights_hash)
     metrics |= step.timer.metrics(drawn)
-    metrics["frac_tokens_with_advantage"] = share_of_useful_tokens(batch)
-    metrics["memory/peak_gb"] = peak_gb(run.device)
-    metrics |= logged_metrics(step.logged, metrics)
+    metrics["frac_tokens_with_advantage"] = useful
+    metrics |= logged_metrics(logged, metrics)
     if callable(cfg.temperature):
         metrics["temperature"] = step.sampling["temperature"]
+    if not run.checked_memory:
+        run.checked_memory = True
+        say_memory(run, step, batch)
     if cfg.rollouts_every and number % cfg.rollouts_every == 0:
         write_rollouts(run, step, batch)
     if cfg.show_every and number % cfg.show_every == 0:
@@ -188,7 +204,7 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
             **step.sampling,
         )
     # Text is made from the ids once, for the rewards and the log, and never becomes ids again.
-    with step.timer("score"):
+    with step.timer("score"), progress.doing("scoring"):
         scored = background.results() if background else [score_rows(run, step, rows, out.ids)]
     # Counted here, because dynamic sampling comes through here several times in a step.
     step.tokens_drawn += out.stats["tokens"]
@@ -275,7 +291,7 @@ def learn(run, step, batch) -> dict:
     updates = cfg.epochs * cfg.minibatches
     # Not when the run begins: the sampler's cache and graphs, which it keeps, are there only now.
     if not run.micro_tokens:
-        run.micro_tokens = choose_micro_tokens(run.model)
+        run.micro_tokens = choose_micro_tokens(run)
     choose_tokens(run, step, batch, updates)
     # Each update is a whole optimiser step. `total` adds the sums of all of them up, so that a mean over
     # tokens is one division at the end.
@@ -299,19 +315,18 @@ def learn(run, step, batch) -> dict:
     return metrics | loss_metrics(total, mean_difference(first))
 
 
-def choose_micro_tokens(model) -> int:
+def choose_micro_tokens(run) -> int:
     """How many tokens an update takes at once, from the memory that is free now, beside weights and sampler.
 
     Large micro-batches keep a GPU busy: at 12,000 tokens it waits for Python's launches for a quarter of the
     time, at 49,000 it does not (bench/results, H100). A CPU gains nothing beyond 8,192.
     """
-    if model.device.type != "cuda":
+    device = run.model.device
+    if device.type != "cuda":
         return 8192
     torch.cuda.empty_cache()  # what torch holds and does not use counts as free
-    free, _ = torch.cuda.mem_get_info(model.device)
-    # A quarter stays for the head's chunks of logits, gradients, and what is not counted.
-    tokens = int(0.75 * free / model.bytes_per_token())
-    tokens = max(1024, min(65_536, tokens // 1024 * 1024))
+    free, _ = torch.cuda.mem_get_info(device)
+    tokens = memory.micro_tokens_for(free, run.cfg, run.model.shape, "cuda")
     say(f"micro-batches of {tokens:,} tokens: {free / 1e9:.1f} GB are free")
     return tokens
 
@@ -349,8 +364,9 @@ def update(run, step, batch, groups, first: bool):
     # One divisor for the whole update, over all ranks. Dividing by a micro-batch's own count would make the
     # gradient depend on how the step is cut.
     objective = run.objective | dict(norm=step_normaliser(cfg, batch, groups))
-    with ranks.together():
-        stats = accumulate_gradients(run, step, batch, groups, objective)
+    rows = int(batch.needed.view(-1, cfg.group_size)[groups].sum())
+    with ranks.together(), progress.doing("updating", rows) as bar:
+        stats = accumulate_gradients(run, step, batch, groups, objective, bar)
 
     # Before anything is learnt from it: is the trainer the model that the sampler drew from?
     stats = sum_stats(stats)
@@ -368,8 +384,11 @@ def update(run, step, batch, groups, first: bool):
     return stats, grad_norm
 
 
-def accumulate_gradients(run, step, batch, groups, objective) -> dict:
-    """Forward, loss and backward of the rows of these groups. Returns policy_loss's sums on this rank."""
+def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
+    """Forward, loss and backward of the rows of these groups. Returns policy_loss's sums on this rank.
+
+    bar: shows a person how many rows are done.
+    """
     # A micro-batch is as much as fits into memory. With one divisor for the step, how it is cut changes the
     # gradient by rounding only.
     model, stats = run.model, {}
@@ -390,6 +409,8 @@ def accumulate_gradients(run, step, batch, groups, objective) -> dict:
             if not torch.isfinite(loss.detach()):
                 refuse_loss(run, step, loss, prompts, completions, tokens)
             loss.backward()  # gradients add up over micro-batches
+        bar.show(bar.done + len(numbers))
+        step.micro_batches.append(packed_tokens(prompts, completions))
         # Sums and not means, so that micro-batches, and ranks later, may be added up in any grouping.
         stats = add_stats(stats, sums)
         # Of the step's first update, when the weights are those that the rows were drawn with.
@@ -398,6 +419,11 @@ def accumulate_gradients(run, step, batch, groups, objective) -> dict:
             batch.entropies.setdefault(n, of_entropy)
             batch.logps.setdefault(n, of_logp)
     return stats
+
+
+def packed_tokens(prompts, completions) -> int:
+    """Tokens of a micro-batch: a prompt counts once for its group."""
+    return sum(map(len, prompts)) + sum(len(ids) for group in completions for ids in group)
 
 
 def dropout_of(run, step, numbers, prompts, completions):
@@ -504,7 +530,7 @@ class Interrupt:
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.evaluating = False
         for number in (signal.SIGINT, signal.SIGTERM):  # a cluster that takes its machine back sends SIGTERM
             signal.signal(number, self.ask)
 
@@ -512,17 +538,19 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("\nstopping after this step, which is then saved (Ctrl-C again: at once, without it)")
+        what = "this batch of problems" if self.evaluating else "this step, which is then saved"
+        progress.line(say, f"\nstopping after {what} (Ctrl-C again: at once, without it)")
 
     def on_any_rank(self) -> bool:
         return any(gather(self.asked))
 
 
-def evaluate_now(run, interrupt) -> tuple[dict, list]:
+def evaluate_now(run, log, interrupt) -> tuple[dict, list]:
     """Held-out problems, on rank 0 while the others wait: (metrics, texts), both empty if interrupted."""
     metrics, texts = {}, []
     run.model.eval()  # no LoRA dropout
-    with ranks.together():
+    interrupt.evaluating = True
+    with ranks.together(), progress.doing("evaluating", drawn=False):
         if rank() == 0:
             rows = run.task.eval[: run.cfg.eval_problems]
             options = configs.evaluation_options(run.cfg)
@@ -533,9 +561,10 @@ def evaluate_now(run, interrupt) -> tuple[dict, list]:
                 run.rewards,
                 stop_ids=run.stop_ids,
                 stop=lambda: interrupt.asked,
-                on_answers=partial(write_answers, run),
+                on_answers=partial(write_answers, run, log),
                 **options,
             )
+    interrupt.evaluating = False
     return metrics, texts
 
 
@@ -550,15 +579,18 @@ def evaluate_missing(run, log, interrupt) -> tuple[dict, list] | None:
     done = gather(log.has_evaluation(number))[0]  # rank 0 has the file
     if done or not is_due:
         return None
-    found = evaluate_now(run, interrupt)
+    found = evaluate_now(run, log, interrupt)
     if found[0]:
-        say(f"{'before:' if number == 0 else '      ='} {summary(found[0])}")
+        progress.line(say, evaluated("before:" if number == 0 else "      =", found[0]))
         log.add(number, found[0])
     return found
 
 
 def main(cfg) -> int:
-    run = Run(cfg)  # model, task, rewards, optimiser; where the run is resumed, as the checkpoint has them
+    # Model, task, rewards, optimiser; where the run is resumed, as the checkpoint has them. Until the loop
+    # takes Ctrl-C over there is nothing to save, and it ends the process (progress.leave).
+    with progress.doing("preparing the run", drawn=False):
+        run = Run(cfg)
     log, interrupt = Log(run), Interrupt()
     header(run)
     first = run.state["step"] + 1
@@ -566,82 +598,128 @@ def main(cfg) -> int:
     try:
         after = evaluate_missing(run, log, interrupt)
         before = after if first == 1 else None
-        if first > cfg.steps:
-            say(f"already done: step {first - 1} of steps={cfg.steps}; a larger --steps goes on")
+        end = cfg.steps
+        if reached(cfg, log.row(first - 1) if rank() == 0 else {}):
+            end = first - 1
+        if first > end:
+            if rank() == 0:
+                checkpoint.sweep(run.out)  # the last save was perhaps killed while it deleted an older one
+            more = f"stop_at={cfg.stop_at!r} is reached" if end < cfg.steps else "a larger --steps goes on"
+            say(f"already done: step {first - 1} of steps={cfg.steps}; {more}")
+        legend()
         say(line(run))
-        for number in range(first, cfg.steps + 1):
+        for number in range(first, end + 1):
             # Between two steps everything is whole, so this is where a run can be left.
             if interrupt.on_any_rank():
                 return stop(run, log, "interrupted")
-            metrics = train_step(run, number)
+            with progress.doing(f"step {number}", drawn=False):
+                metrics = train_step(run, number)
+            log.last = metrics  # so that it is written if the evaluation fails
             seconds = (time.perf_counter() - started) / (number - first + 1)
-            say(line(run, metrics, seconds * (cfg.steps - number)))
-            if due(number, cfg.eval_every, cfg.steps):
-                after = evaluate_now(run, interrupt)
+            progress.line(say, line(run, metrics, seconds * (cfg.steps - number)))
+            last = number == cfg.steps or reached(cfg, metrics)
+            if due(number, cfg.eval_every, number if last else cfg.steps):
+                after = evaluate_now(run, log, interrupt)
                 metrics |= after[0]
+                last = last or reached(cfg, metrics)
                 if after[0]:
-                    say(f"      = {summary(after[0])}")
+                    progress.line(say, evaluated("      =", after[0]))
             # The row is written before the checkpoint: a run that dies between the two and is resumed makes
             # the step again, and its row replaces this one.
             log.write(metrics)
-            if due(number, cfg.save_every, cfg.steps) or number == cfg.steps:
-                save_or_say(run)
+            if due(number, cfg.save_every, cfg.steps) or last:
+                save_or_say(run, log, last)
+            if last:
+                break
     # Every rank comes here with the same error (ranks.together), and the last whole step is saved.
     except (Stop, rewarding.RewardError, FloatingPointError, ValueError, ranks.RankLost, OSError) as e:
         if isinstance(e, ValueError) and run.state["step"] + 1 == first:
             raise  # a config that cannot run at all: there is nothing to save
-        return stop(run, log, str(e))
+        reason = reason_of(e) if isinstance(e, OSError) else str(e)
+        return stop(run, log, reason, lost=isinstance(e, ranks.RankLost))
     finish(run, before, after)
-    log.close()
-    say_report(run)
-    return 0
+    status = 0
+    if rank() == 0:
+        say_report(run)
+        if cfg.push_to_hub:
+            pushed = push(run, before[0] if before else {}, after[0] if after else {})
+            say(pushed)
+            status = int(pushed.startswith("not"))
+        what_next(run)
+    log.close(run.out / "report.html")
+    return status
+
+
+def reached(cfg, metrics) -> bool:
+    """Whether metrics, which are whole on rank 0, are what cfg.stop_at waits for. Every rank calls this.
+
+    ValueError where no metric of that kind has its name.
+    """
+    if not cfg.stop_at:
+        return False
+    with ranks.together():
+        mine = rank() == 0 and configs.goal_reached(cfg.stop_at, metrics or {})
+    return gather(mine)[0]
 
 
 def due(number: int, every: int, last: int) -> bool:
     return every > 0 and (number % every == 0 or number == last)
 
 
-def save_or_say(run):
-    """Saves on rank 0. Where the disk does not let it: says so, and goes on to the next save or stops."""
+def save_or_say(run, log, last: bool):
+    """Saves on rank 0. Where the disk does not let it: says so, and goes on to the next save or stops.
+
+    last: no save will follow this one.
+    """
     moments = run.moments()
     with ranks.together():
         if rank() != 0:
             return
         try:
+            log.flush()  # a run that is resumed here does not write the rows up to here again
             run.save(moments)
         except OSError as e:
             # The weights are in memory and the run is as well as before: hours of it need not end because a
             # disk is full for a while.
             number, place = run.state["step"], run.out / "ckpt"
             sentence = f"step {number} could not be saved in {place}: {reason_of(e)}; {safe(run)}"
-            if run.cfg.save_failure == "stop":
+            if run.cfg.save_failure == "stop" or last:
                 raise Stop(sentence) from e
             say(f"{sentence}; going on to the next save")
 
 
-def stop(run, log, reason: str) -> int:
-    """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status."""
+def stop(run, log, reason: str, lost: bool = False) -> int:
+    """Ends a run early: saves the last whole step, says why and how to go on. Returns the exit status.
+
+    lost: another rank has died, perhaps rank 0, who does this else.
+    """
+    first = rank() == 0
+    if lost and not first and run.rank_0_is_gone():
+        log.take_over()
+        first = True
     saved = "nothing saved, since this step is half learnt: the last checkpoint stands"
     if run.whole:
         try:
             moments = run.moments()
-            saved = f"saved {run.save(moments) if rank() == 0 else ''}"
+            if first:
+                log.flush()
+                saved = f"saved {run.save(moments)}"
         except OSError as e:
             saved = f"not saved ({reason_of(e)}); {safe(run)}"
         except ranks.RankLost:
             saved = f"not saved, because a part of the optimiser was that process's; {safe(run)}"
-    flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
-    say(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True")
-    say_report(run)
-    ranks.tell_launcher(f"{reason}; {saved}" if rank() == 0 else reason)
-    log.close()
+    if first:
+        flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
+        print(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True", flush=True)
+        say_report(run)
+    ranks.tell_launcher(f"{reason}; {saved}" if first else reason)
+    log.close(run.out / "report.html")
     return 1
 
 
 def say_report(run):
     """Writes report.html, the page of the run. The run is over: nothing depends on it."""
-    if rank() == 0:
-        say(report.at_the_end(run.out))
+    print(report.at_the_end(run.out), flush=True)
 
 
 def reason_of(error: OSError) -> str:
@@ -656,8 +734,8 @@ def safe(run) -> str:
 
 if __name__ == "__main__":
     try:
-        ranks.end(main(configs.load(sys.argv[1:])))
-    except (ValueError, rewarding.RewardError, ranks.RankLost) as e:
+        ranks.end(main(checks.config_of("train.py", sys.argv[1:])))
+    except (ValueError, rewarding.RewardError, ranks.RankLost, OSError, ImportError) as e:
         ranks.leave(f"train.py: {e}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped at once; the last checkpoint stands, go on from it with --resume=True")
+        sys.exit("\ntrain.py: stopped at once; what was saved before stands, --resume=True goes on from it")

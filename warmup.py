@@ -11,6 +11,7 @@ import time
 
 import data
 import optim
+import progress
 from model import micro_batches
 
 
@@ -38,20 +39,22 @@ def warm_up(model, tokenizer, task, *, steps, batch, lr, seed, stop_id, micro_to
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = optim.AdamW(trained, lr=lr, betas=(0.9, 0.99))
     start, average = time.perf_counter(), None
-    for step in range(steps):
-        rows = task.batch(step, batch, seed + 1)  # other rows than those the first GRPO steps see
-        prompts, completions = demonstrations(tokenizer, rows, stop_id, system=system, prefill=prefill)
-        loss = accumulate_gradients(model, prompts, completions, micro_tokens)
-        rate = optim.learning_rate(
-            step, lr=lr, warmup_steps=max(1, steps // 20), steps=steps, schedule="cosine", min_ratio=0.1
-        )
-        optimizer.step(rate, max_norm=1.0)
-        optimizer.zero_grad()
-        average = loss if average is None else 0.9 * average + 0.1 * loss
-        last = step + 1 == steps
-        if last or (step + 1) % max(1, steps // 9) == 0:
-            milliseconds = (time.perf_counter() - start) / (step + 1) * 1000
-            say(f"warm-up {step + 1:5d}/{steps}  loss {average:.3f} nats/token  {milliseconds:.0f} ms a step")
+    with progress.doing("warm-up, steps", steps) as bar:
+        for step in range(steps):
+            rows = task.batch(step, batch, seed + 1)  # other rows than those the first GRPO steps see
+            prompts, completions = demonstrations(tokenizer, rows, stop_id, system=system, prefill=prefill)
+            loss = accumulate_gradients(model, prompts, completions, micro_tokens)
+            rate = optim.learning_rate(
+                step, lr=lr, warmup_steps=max(1, steps // 20), steps=steps, schedule="cosine", min_ratio=0.1
+            )
+            optimizer.step(rate, max_norm=1.0)
+            optimizer.zero_grad()
+            average = loss if average is None else 0.9 * average + 0.1 * loss
+            done, ms = step + 1, (time.perf_counter() - start) / (step + 1) * 1000
+            bar.show(done, f"loss {average:.3f}")
+            if done == steps or done % max(1, steps // 9) == 0:
+                text = f"warm-up {done:5d}/{steps}  loss {average:.3f} nats/token  {ms:.0f} ms a step"
+                progress.line(say, text)
     return average
 
 

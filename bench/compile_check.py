@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels import flash_attention as flash
-from kernels import linear_logprob, logprob, lora_linear, rms_norm, rope, sample, swiglu, switch
+from kernels import linear_logprob, logprob, lora_linear, nf4, rms_norm, rope, sample, swiglu, switch
 
 KB = 1024
 SHARED = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB}  # bytes a program may have
@@ -44,6 +44,7 @@ TRITON_TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 
 
@@ -66,6 +67,7 @@ def cases():
     yield from head_cases()
     yield from layer_cases()
     yield from lora_cases()
+    yield from nf4_cases()
     yield from one_row_cases()
     yield from sample_cases()
     yield from attention_cases()
@@ -111,6 +113,18 @@ def lora_cases():
         base = torch.nn.Linear(896, 4864, device="meta", dtype=BF16)
         merged = partial(lora_linear.merged_linear, x, base, weight, 1.0, [slice(0, 4864)])
         yield f"LoRA rank {r}: merged", partial(train, merged, A.requires_grad_(), B.requires_grad_())
+
+
+def nf4_cases():
+    """A projection of Qwen2.5-7B, doubly and singly quantised, and one of a single weight."""
+    for n, out in ((18_944 * 3584, BF16), (18_944 * 3584, FP32), (1, BF16)):
+        blocks = -(-n // 64)
+        packed, w = meta(-(-n // 2), dtype=torch.uint8), meta(n, dtype=out)
+        eight = meta(blocks, dtype=torch.uint8), meta(-(-blocks // 256), dtype=FP32)
+        twice = *eight, meta(256, dtype=FP32), meta(1, dtype=FP32)
+        yield f"NF4 {n} weights, {out}", partial(nf4.expand, packed, *twice, w)
+        once = meta(blocks, dtype=FP32), None, None, None
+        yield f"NF4 {n} weights, {out}, fp32 scales", partial(nf4.expand, packed, *once, w)
 
 
 def one_row_cases():
@@ -181,7 +195,7 @@ def signature(fn, args, kwargs):
 def compile_for(arch, fn, args, kwargs):
     """(registers, bytes spilled, bytes of shared memory, tensor-core instructions) of a launch."""
     types, constants, attrs = signature(fn, args, kwargs)
-    options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
+    options = {k: kwargs[k] for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs}
     source = ASTSource(fn, types, constants, attrs)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = kernel.asm["ptx"]

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import kernels  # noqa: E402
 from head import policy_head  # noqa: E402
-from kernels import attention, linear_logprob, logprob, lora_linear  # noqa: E402
+from kernels import attention, linear_logprob, logprob, lora_linear, nf4  # noqa: E402
 from kernels import rms_norm, rope, sample, swiglu  # noqa: E402
 from kernels import flash_attention as flash  # noqa: E402
 from loss import Tokens, policy_loss  # noqa: E402
@@ -217,6 +217,23 @@ def expanded(T, D, r, dtype):
     return kernel(args, ours, in_torch_, phase, dict(torch=in_torch_))
 
 
+def expanded_nf4(n, dtype):
+    def ours(*quantised):
+        return nf4.expand(*quantised, torch.empty(n, dtype=dtype, device=DEV))
+
+    def definition(*quantised):
+        return nf4.expand_ref(*quantised, n)
+
+    def in_torch_(*quantised):
+        return definition(*quantised).to(dtype)
+
+    blocks = -(-n // 64)
+    args = [torch.randint(0, 256, (size,), dtype=torch.uint8, device=DEV) for size in (-(-n // 2), blocks)]
+    args += [rand(size, dtype=torch.float32) for size in (-(-blocks // 256), 256, 1)]
+    moved = n // 2 + blocks + 4 * blocks // 256 + n * dtype.itemsize
+    return kernel(args, ours, definition, (moved, 0), dict(compiled=in_torch_))
+
+
 # ----------------------------------------------------------------------------------------- the head, the draw
 def head_args(M, D, V, dtype, trained=False):
     weight = (0.05 * rand(V, D, dtype=dtype)).requires_grad_(trained)
@@ -376,4 +393,5 @@ KERNELS += [
     Row("rotation, keys into the cache", stored, (256, 14, 2, 64, 512), (5, 4, 3, 24, 7)),
     Row("lora x A^T", shrunk, (16_384, 1536, 16), (37, 101, 5)),
     Row("lora y + h B^T, with a copy of y", expanded, (16_384, 1536, 16), (67, 131, 5)),
+    Row("NF4 expanded", expanded_nf4, (3584 * 18_944,), (64 * 301 + 5,)),
 ]

@@ -65,9 +65,10 @@ def merged_linear_ref(x, base, scale, rows, A, *B):
 def lora_linear(x, mask, base, scale, rows, A, *B):
     """x (T, D) -> (T, N), differentiable in x, A and B.
 
-    base: the frozen layer, a function x -> (T, N) with a `weight` (N, D). mask (T, D) or None. rows: the
-    slice of the outputs that each adapter is added to. A (K r, D) and B, K tensors (rows, r), have the base's
-    dtype or a wider one, in which the thin products are then computed.
+    base: the frozen layer, a function x -> (T, N) with a `weight` (N, D), or, where that is not held in full,
+    with a method `input_grad`: dy -> dy W. mask (T, D) or None. rows: the slice of the outputs that each
+    adapter is added to. A (K r, D) and B, K tensors (rows, r), have the base's dtype or a wider one, in which
+    the thin products are then computed.
     """
     check_shapes(x, rows, A, B)
     return _LoRALinear.apply(x, mask, base, scale, rows, A, *B)
@@ -100,8 +101,9 @@ class _LoRALinear(torch.autograd.Function):
         h = thin_product(x, A, scale)  # (T, K r)
         for where, hk, Bk in zip(rows, h.chunk(len(B), -1), B):
             add_product_(y[:, where], hk, Bk.t())
-        ctx.save_for_backward(x, mask, base.weight, h, A, *B)
-        ctx.scale, ctx.rows = scale, rows
+        # An expanded weight is not kept: that of all layers would be the whole model (nf4.py).
+        ctx.save_for_backward(x, mask, getattr(base, "weight", None), h, A, *B)
+        ctx.base, ctx.scale, ctx.rows = base, scale, rows
         return y
 
     @staticmethod
@@ -110,7 +112,7 @@ class _LoRALinear(torch.autograd.Function):
         dh, dA, dB = adapter_grads(dy, x, h, ctx.scale, ctx.rows, B)
         dx = None
         if ctx.needs_input_grad[0]:  # the first layer's input has nothing to learn below it
-            dx = dy @ weight
+            dx = ctx.base.input_grad(dy) if weight is None else dy @ weight
             if mask is None:
                 dx = add_product_(dx, dh, A)
             else:

@@ -119,6 +119,8 @@ def packed_layer(layer):
     """
     if not hasattr(layer, "parts"):
         return None
+    if not hasattr(getattr(layer, "base", layer), "weight"):
+        return None  # in 4 bits: expanded in each step, since in full it would be what is saved
     if not hasattr(layer, "base"):
         if not packable(layer.weight):
             return None

@@ -54,6 +54,11 @@ SHAPE = {name: TINY[name] for name in SIZES} | dict(initializer_range=0.2)
 ALPHABET = "0123456789+=<>,_^"
 
 
+def pytest_addoption(parser):
+    text = "how many faults tests/test_faults.py draws (slow)"
+    parser.addoption("--faults", type=int, default=50, help=text)
+
+
 @pytest.fixture
 def tiny():
     """A two-layer Llama of random weights, fp32: grouped heads, tied head.

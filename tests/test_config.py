@@ -31,7 +31,7 @@ def test_file_may_define_rewards_and_helpers_of_its_own(tmp_path):
 
 
 def test_file_is_run_in_a_namespace_of_its_own(tmp_path):
-    configs.load([write(tmp_path, "def read(*_):\n    return {}\n_FIELDS = None\n")])
+    configs.load([write(tmp_path, "lr = 1e-5\ndef read(*_):\n    return {}\n_FIELDS = None\n")])
     assert configs.read is not None and configs.FIELDS and not hasattr(configs, "_FIELDS")
 
 
@@ -40,19 +40,21 @@ def test_file_is_run_in_a_namespace_of_its_own(tmp_path):
     [
         ("learning_rat = 1\n", [], "unknown key 'learning_rat'"),
         ("group_sise = 4\n", [], "did you mean 'group_size'"),
-        ("", ["--prompts_per_stepp=2"], "did you mean 'prompts_per_step'"),
+        ("lr = 1e-5\n", ["--prompts_per_stepp=2"], "did you mean 'prompts_per_step'"),
         ("steps = 1.5\n", [], "int is wanted"),
         ("steps = '3'\n", [], "int is wanted"),
         ("lr = True\n", [], "float is wanted"),
-        ("", ["--steps=many"], "int is wanted"),
-        ("", ["--steps"], "write --steps=VALUE"),
-        ("", ["more.py"], "one config file too many"),
+        ("lr = 1e-5\n", ["--steps=many"], "int is wanted"),
+        ("lr = 1e-5\n", ["--steps"], "write --steps=VALUE"),
+        ("lr = 1e-5\n", ["more.py"], "one config file too many"),
         ("objective = 'ppo'\n", [], "'clip'"),
-        ("group_size = 1\n", [], "group_size = 1"),
+        ("group_size = 1\n", [], "an advantage of your own"),
+        # The sentence used to send people here, where every advantage is 0, too.
+        ("group_size, advantage = 1, 'none'\n", [], "an advantage of your own"),
         ("group_size = 0\n", [], "too small"),
         ("temperature = 0\n", [], "nothing could be learnt"),
         ("preset = 'ppo'\n", [], "'dr_grpo'"),
-        ("top_entropy = 0.0\n", [], "above 0 and at most 1"),
+        ("top_entropy = 0.0\n", [], "above 0"),
         ("mismatch_clip = 0\n", [], "2 is usual"),
         ("ref_sync_every, beta = 5, 0.1\n", [], "lora_rank = 0"),
         ("ref_sync_every, lora_rank, beta = 5, 0, 0\n", [], "beta > 0"),

@@ -11,6 +11,7 @@ import pytest
 import config as configs
 import data
 import eval as eval_script
+import plan
 import report
 import sample
 import sft
@@ -106,7 +107,13 @@ def test_a_training_command_of_the_readme_starts(tmp_path, capsys, command):
     assert "step   reward" in told and (tmp_path / "ckpt" / "step_000002").is_dir()
 
 
-@pytest.mark.parametrize("command", OTHERS)
+OTHERS_STARTED = []
+for command in OTHERS:
+    marks = pytest.mark.slow if "bench/" in command else ()
+    OTHERS_STARTED.append(pytest.param(command, marks=marks))
+
+
+@pytest.mark.parametrize("command", OTHERS_STARTED)
 def test_any_other_command_of_the_readme_runs(saved, tmp_path, capsys, command):
     script, *words = shlex.split(command)[1:]
     words = [f"--model={saved}" if word.startswith("--model=") else word for word in words]
@@ -120,8 +127,12 @@ def test_any_other_command_of_the_readme_runs(saved, tmp_path, capsys, command):
         sft.main(configs.load([*words, *SMALL, f"--out_dir={tmp_path}"]))
         assert "warm-up" in capsys.readouterr().out
     elif script == "sample.py":
+        words = [str(saved) if word.startswith("out/") else word for word in words]
         sample.main([*words, "--max_new_tokens=4"])
         assert "tokens" in capsys.readouterr().out
+    elif script == "plan.py":
+        plan.main([word.replace("NAME", "arithmetic") for word in words])
+        assert "GB" in capsys.readouterr().out
     elif script == "report.py":
         runs = []
         for name in [word for word in words if not word.startswith("--")]:
@@ -158,7 +169,8 @@ def test_the_pages_name_keys_and_presets_that_exist():
             if "bench/" in line or "plugins" in page.name:
                 continue  # a bench has flags of its own, and a plug-in's knobs are its keys
             for key in re.findall(r"--(\w+)=", line):
-                assert key in configs.FIELDS or key == "nproc_per_node", f"{page.name}: {key}"
+                others = ("nproc_per_node", "faults", "gpu_gb")  # of torchrun, of pytest, of plan.py
+                assert key in configs.FIELDS or key in others, f"{page.name}: {key}"
     objectives = (ROOT / "docs/objectives.md").read_text()
     assert all(f"| `{name}` |" in objectives for name in configs.PRESETS)
 
@@ -184,6 +196,7 @@ def words_and_numbers(text):
     return re.sub(r"-?\d+\.\d+", "#", text), found
 
 
+@pytest.mark.slow
 def test_the_walkthrough_is_what_its_script_prints():
     """Words, ids and shapes to the letter; measured numbers to rounding, which processors differ by."""
     out = python("bench/walkthrough.py", "--print")

@@ -124,7 +124,14 @@ def test_saved_policy_loads_again_whole_or_as_an_adapter(policy, tmp_path):
     "argv, words",
     [
         (["hello"], "usage"),
-        (["--model=x"], "usage"),
+        (["--model=x", ""], "the prompt is empty"),
+        (["--model=x", "  "], "the prompt is empty"),
+        (["--model"], "has no value"),
+        (["--model=x", "--samples=many", "hi"], "is no int"),
+        (["--model=x", "--samples=0", "hi"], "too small"),
+        (["--model=x", "--temperature=-1", "hi"], "too small"),
+        (["--model=x", "--top_p=7", "hi"], "too large"),
+        (["--model=x", "--threads=1000000", "hi"], "too large"),
         (["--modle=x", "hi"], "not a flag"),
         (["--model=no/such/folder", "hi"], "no model folder"),
     ],
@@ -134,6 +141,7 @@ def test_sample_says_what_is_wrong(argv, words):
         sample.main(argv)
 
 
+@pytest.mark.slow
 def test_eval_and_sample_run_as_commands_on_a_saved_checkpoint(policy, tmp_path):
     model, tokenizer, stops, _ = policy
     folder = tmp_path / "m"

@@ -261,8 +261,12 @@ def test_decoding_reads_the_cache(dtype):
         near(out[i], torch.einsum("krt,ktd->krd", scores.softmax(-1), values).reshape(H, E), dtype)
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("H, E", [(6, 16), (2, 24)])
+SPLIT = [(6, 16, LOW[0])]
+for size in ((6, 16), (2, 24)):
+    SPLIT.append(pytest.param(*size, LOW[1], marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("H, E, dtype", SPLIT)
 def test_keys_of_a_row_are_split(monkeypatch, H, E, dtype):
     """Splits that end in the prompt and among the own keys, and rows so short that most splits are empty."""
     monkeypatch.setattr(flash, "KEYS_A_SPLIT", 32)

@@ -440,7 +440,7 @@ def test_a_program_has_no_descriptor_but_its_own(mode, use):
 
 
 def test_what_holds_is_shown_when_a_run_starts():
-    from log import what_is_isolated
+    from screen import what_is_isolated
 
     said = what_is_isolated("auto")
     assert said.startswith("sandbox (auto, ") and apart.way() in said
@@ -466,7 +466,7 @@ said = b'[0, "passed"]\\n' * 3
 end = time.monotonic() + 0.5
 reached = set()
 while time.monotonic() < end:
-    for pid in map(str, range(max(2, os.getpid() - 50), os.getpid() + 50)):
+    for pid in map(str, range(trainer, os.getpid() + 50)):
         for fd in range(20):
             try:
                 if int(pid) == os.getpid(): continue
@@ -537,14 +537,16 @@ def test_an_ordinary_user_without_namespaces_forges_no_verdict():
     """
     forged = f"""
 isolation.choose = lambda: ('plain', ())
-source = 'forging = True' + {FORGE!r}
+import os
+source = f'forging, trainer = True, {{os.getpid()}}' + {FORGE!r}
 print(sandbox.check(source, [{TEST!r}, 'assert add(0, 0) == 0'], seconds=4))
 print(sandbox.check({GOOD!r}, [{TEST!r}], seconds=4))
 """
     assert as_other_user(forged) == "['wrong answer', 'wrong answer']\n['passed']\n"
     judge = f"""
 isolation.choose = lambda: ('plain', ())
-source = 'forging = False' + {FORGE!r}
+import os
+source = f'forging, trainer = False, {{os.getpid()}}' + {FORGE!r}
 print(sandbox.check(source, ["assert len(reached) > 0 and ours() == 0"], seconds=4))
 """
     assert as_other_user(judge, refuse=LANDLOCK) == "['passed']\n"  # the trainer it reaches, so auto refuses

@@ -196,6 +196,26 @@ def test_null_key_heads_are_as_many_as_query_heads(tmp_path):
     assert_same_logits(theirs, models.load(str(tmp_path)))
 
 
+def resident_file_bytes() -> int:
+    """Pages of mapped files in this process's memory."""
+    try:
+        text = open("/proc/self/status").read()
+    except OSError:
+        pytest.skip("reads /proc, which only Linux has")
+    return 1024 * int(text.partition("RssFile:")[2].split()[0])
+
+
+def test_a_file_is_read_a_tensor_at_a_time(tmp_path):
+    """With one mapping for the whole file all of it was in memory at the end, beside the model."""
+    size = 4 << 20  # bytes
+    save_file({f"{i}": torch.full((size // 4,), float(i)) for i in range(12)}, tmp_path / "a.safetensors")
+    before, peak = resident_file_bytes(), 0
+    for name, tensor in models.read_tensors(str(tmp_path / "a.safetensors")):
+        assert tensor.sum() == float(name) * len(tensor)  # every page is read
+        peak = max(peak, resident_file_bytes() - before)
+    assert size / 2 < peak < 3 * size
+
+
 def test_many_shards_are_one_model(tmp_path):
     theirs = oracle(dict(model_type="qwen2"), tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
@@ -401,7 +421,7 @@ UNREACHABLE = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param(dict(HF_HUB_OFFLINE="1"), id="offline"),
+        pytest.param(dict(HF_HUB_OFFLINE="1"), id="offline", marks=pytest.mark.slow),
         pytest.param(UNREACHABLE, id="unreachable", marks=pytest.mark.slow),
     ],
 )

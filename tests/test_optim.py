@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import optim
 from optim import AdamW, learning_rate
 
 OPTIONS = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -279,6 +280,132 @@ def test_learning_rate_warms_up_from_the_first_step_and_decays_to_its_floor():
     assert learning_rate(0, lr=3.0, warmup_steps=0, steps=0, schedule="cosine") == 3.0
     with pytest.raises(ValueError, match="'exponential'.*constant, cosine, linear"):
         at(0, schedule="exponential")
+
+
+# ------------------------------------------------------------------------------------------------ 8 bits
+def wide_model(dtype=torch.float32, seed=0):
+    """Tensors above and below 4,096 numbers; the first matrix has blocks that end early."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(7, 601), nn.Tanh(), nn.Linear(601, 9), nn.Linear(9, 5)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [0, 3])
+def test_8_bits_loaded_in_mid_run_continue_with_the_same_bits(dtype, cut, monkeypatch):
+    """And updates do not depend on how many numbers are updated at once."""
+    straight, first, second = wide_model(dtype), wide_model(dtype), wide_model(dtype, seed=1)
+    opt = AdamW(named(straight), lr=1.0, bits=8, **OPTIONS)
+    updates(straight, opt, range(8))
+    monkeypatch.setitem(optim.PIECE_8_BIT, "cpu", 512)
+    before = AdamW(named(first), lr=1.0, bits=8, **OPTIONS)
+    updates(first, before, range(cut))
+    second.load_state_dict(first.state_dict())
+    after = AdamW(named(second), lr=0.123, bits=8, **OPTIONS)
+    after.load_state(copies(before.state()))
+    updates(second, after, range(cut, 8))
+    assert same_bits(second.state_dict(), straight.state_dict())
+    assert same_bits(after.state(), opt.state())
+    assert not same_bits(straight.state_dict(), wide_model(dtype).state_dict())
+
+
+def test_8_bits_take_two_bytes_a_number_and_small_tensors_keep_32():
+    net = wide_model(torch.bfloat16)
+    opt = AdamW(named(net), lr=1.0, bits=8)
+    kinds = {name: (t.dtype, tuple(t.shape)) for name, t in opt.state().items()}
+    assert kinds == {name: (t.dtype, tuple(t.shape)) for name, t in opt.whole_state().items()}
+    assert kinds["exp_avg.0.weight"] == (torch.uint8, (601, 7))
+    assert kinds["exp_avg_sq_absmax.2.weight"] == (torch.float32, (22,))  # 9 * 601 numbers
+    assert kinds["exp_avg_sq.3.weight"] == (torch.float32, (5, 9))
+    assert kinds["master.0.weight"] == (torch.float32, (601, 7))
+    big = nn.Parameter(torch.zeros(512, 512))
+    state = AdamW([("w", big)], lr=1.0, bits=8).state()
+    assert sum(t.nbytes for t in state.values()) - 4 == big.numel() * (2 + 2 * 4 / 256)
+    with pytest.raises(ValueError, match="optimizer_bits"):
+        AdamW(named(net), lr=1.0).load_state(opt.state())
+
+
+def test_8_bits_go_where_32_bits_go():
+    """Updates of both from the same start and on the same gradients lie within a few percent."""
+    eight, full = wide_model(), wide_model()
+    opts = [AdamW(named(net), lr=1.0, bits=bits, **OPTIONS) for net, bits in ((eight, 8), (full, 32))]
+    start = copies(full.state_dict())
+    g = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        for a, b in zip(eight.parameters(), full.parameters()):
+            a.grad = torch.randn(a.shape, generator=g) * 0.1 + 0.05
+            b.grad = a.grad.clone()
+        for opt in opts:
+            opt.step(1e-3)
+    for (name, a), b in zip(named(eight), full.parameters()):
+        moved, off = (b - start[name]).norm(), (a - b).norm()
+        assert moved > 0.01 and off < 0.02 * moved, name
+        assert (off == 0) == (a.numel() < 4096)
+
+
+def test_8_bits_do_not_jump_where_a_second_moment_is_small_in_its_block():
+    """Rounded to 0, as in bitsandbytes, it left eps to divide by: 12,700 times the learning rate at once."""
+    weight = nn.Parameter(torch.zeros(4096))
+    opt = AdamW([("w", weight)], lr=1.0, betas=(0.9, 0.99), bits=8)
+    weight.grad = torch.zeros(4096)
+    weight.grad[::256] = 1.0
+    weight.grad[1::256] = 3e-4
+    opt.step(1e-3)
+    weight.grad.zero_()
+    opt.step(1e-3)
+    assert 0 < weight.detach().abs().max() < 4e-3
+    assert (weight[2::256] == 0).all()  # what never had a gradient has not moved
+
+
+def numbers(factor):
+    return ((torch.arange(16 * 256) * factor % 101 - 50).float() / 64).view(16, 256)
+
+
+def test_8_bits_are_what_bitsandbytes_had_after_one_update():
+    """Values of bitsandbytes 0.50.2, AdamW8bit on a CPU."""
+    weight = nn.Parameter(numbers(29))
+    opt = AdamW([("w", weight)], lr=1.0, bits=8, **OPTIONS)
+    weight.grad = numbers(37)
+    opt.step(1e-3)
+    state = opt.state()
+    assert (state["exp_avg_absmax.w"] == 0.078125).all()
+    assert (state["exp_avg_sq_absmax.w"] == 0.030517578125).all()
+    first = [0, 52, 218, 14, 78, 232, 28, 193, 246, 42, 208, 4]
+    second = [255, 103, 145, 203, 40, 178, 163, 69, 222, 135, 129, 238]
+    assert state["exp_avg.w"][0, :12].tolist() == first and state["exp_avg_sq.w"][0, :12].tolist() == second
+    assert weight[0, :4].tolist() == pytest.approx([-0.7801719, -0.3270922, 0.1239875, 0.5790672], abs=1e-7)
+
+
+def moments_as_bitsandbytes_has_them(steps):
+    """Updates of ours and of bitsandbytes.optim.AdamW8bit on the same gradients: [(ours, theirs)]."""
+    theirs = pytest.importorskip("bitsandbytes.optim", reason="bitsandbytes is the oracle here")
+    ours, other = (nn.Parameter(torch.randn(40, 256, generator=torch.Generator().manual_seed(1)))
+                   for _ in range(2))  # fmt: skip
+    opt = AdamW([("w", ours)], lr=1.0, bits=8, **OPTIONS)
+    oracle = theirs.AdamW8bit([other], lr=1e-3, **OPTIONS)
+    for step in range(steps):
+        g = torch.randn(40, 256, generator=torch.Generator().manual_seed(step + 2))
+        ours.grad, other.grad = g, g.clone()
+        opt.step(1e-3)
+        oracle.step()
+    return ours, other, opt.state(), oracle.state[other]
+
+
+def test_8_bits_are_bitsandbytes_after_one_update():
+    ours, other, mine, theirs = moments_as_bitsandbytes_has_them(1)
+    assert torch.equal(ours, other)
+    assert torch.equal(mine["exp_avg_absmax.w"], theirs["absmax1"])
+    assert torch.equal(mine["exp_avg_sq_absmax.w"], theirs["absmax2"])
+    for name, key in (("exp_avg.w", "state1"), ("exp_avg_sq.w", "state2")):
+        differ = mine[name] != theirs[key]
+        assert differ.float().mean() < 0.05  # their CPU form does not always take the nearest
+        absmax, code = theirs[key.replace("state", "absmax")], theirs[key.replace("state", "qmap")]
+        values = [code[x.int()] * absmax[:, None] for x in (mine[name], theirs[key])]
+        assert ((values[0] - values[1]).abs() <= 0.02 * absmax[:, None]).all()
+
+
+def test_8_bits_stay_with_bitsandbytes():
+    ours, other, *_ = moments_as_bitsandbytes_has_them(10)
+    assert (ours - other).abs().max() < 2e-3 and (ours - other).abs().mean() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -149,3 +149,18 @@ def test_a_temperature_that_falls_over_the_run(tmp_path):
     constant = trained(tmp_path, "my_schedule", ARITHMETIC + EVEN + "temperature = 1.2\n", out="constant")
     assert [r["ids"] for r in rollouts(folder, 1)] == [r["ids"] for r in rollouts(constant, 1)]
     assert [r["ids"] for r in rollouts(folder, 2)] != [r["ids"] for r in rollouts(constant, 2)]
+
+
+def test_a_group_of_one_learns_with_an_advantage_that_remembers(tmp_path):
+    """The look at the first batch refused it: rewards of a group of one are always equal."""
+    keys = ("--group_size=1", "--force=False", "--prompts_per_step=8")
+    # Two problems only, so that both are soon seen again.
+    rows_of_two = (
+        "def task(*, data_dir, eval_problems):\n    return [dict(prompt=f'{i}+1=') for i in (1, 2)], []\n"
+    )
+    folder = trained(tmp_path, "my_advantage", rows_of_two + EVEN, *keys)
+    told = metrics(folder)
+    assert told[0]["grad_norm"] < 1e-6 and told[-1]["grad_norm"] > 1e-3  # nothing is remembered at first
+    assert all(row["frac_reward_zero_std"] == 1 for row in told)
+    with pytest.raises(ValueError, match="with group_size = 1 that is every group"):
+        trained(tmp_path, "my_advantage", rows_of_two + EVEN, *keys, "--resample_zero_groups=True", out="two")

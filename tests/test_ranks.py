@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,16 @@ def dies_on_rank_1(completions, **_):
 calls = []
 
 
+def slowly(completions, **_):
+    """Says which process is which, for a test that kills one."""
+    print(f"rank {os.environ.get('RANK')} is process {os.getpid()}", flush=True)
+    time.sleep(0.1)
+    return even(completions)
+
+
+slowly.__name__ = "even"
+
+
 def case(**keys):
     return lambda folder: settings(folder, **dict(prompts_per_step=8, steps=3, lr=1e-4) | keys)
 
@@ -57,27 +68,36 @@ CASES = {
     "minibatches": case(minibatches=4, epochs=2),
     "resampling": case(resample_zero_groups=True, resample_budget=6, rewards=[(by_prompt, 1.0)]),
     "dropout": case(lora_rank=4, lora_alpha=8.0, lora_dropout=0.2, beta=0.1),
+    "base in 4 bits": case(lora_rank=4, lora_alpha=8.0, base="nf4"),
     "a failing reward": case(rewards=[(fails_on_rank_1, 1.0)], save_every=0),
     "a killed process": case(rewards=[(dies_on_rank_1, 1.0)], save_every=0),
     "not divisible": case(prompts_per_step=7),
     "bf16": case(dtype="bfloat16"),
+    "8 bits": case(dtype="bfloat16", optimizer_bits=8),
+    "8 bits, shared": case(dtype="bfloat16", optimizer_bits=8, shard_optimizer=True),
     "bf16, shared": case(dtype="bfloat16", shard_optimizer=True),
     "lora, shared": case(lora_rank=4, lora_alpha=8.0, beta=0.1, shard_optimizer=True),
     "lora": case(lora_rank=4, lora_alpha=8.0, beta=0.1),
+    "many steps": case(steps=200, save_every=0, rewards=[(slowly, 1.0)]),
     "a killed process, shared": case(rewards=[(dies_on_rank_1, 1.0)], save_every=1, shard_optimizer=True),
 }
 
 
-def on(processes, tmp_path, name, folder="several"):
+def command(processes, tmp_path, name, folder):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, str(script), str(tmp_path / folder), name]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return [sys.executable, *launcher, str(script), str(tmp_path / folder), name]
+
+
+def on(processes, tmp_path, name, folder="several"):
+    words = command(processes, tmp_path, name, folder)
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
-    "name, processes", [("minibatches", 2), ("minibatches", 4), ("resampling", 2), ("dropout", 2)]
+    "name, processes",
+    [("minibatches", 2), ("minibatches", 4), ("resampling", 2), ("dropout", 2), ("base in 4 bits", 2)],
 )
 def test_several_processes_learn_what_one_does(tmp_path, name, processes):
     """Minibatches, resampled prompts and dropout depended on the number of processes."""
@@ -96,6 +116,29 @@ def test_several_processes_learn_what_one_does(tmp_path, name, processes):
     for key, tensor in last[0].items():
         if not key.startswith("optimizer"):
             torch.testing.assert_close(last[1][key], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_after_the_death_of_a_process_another_says_so_and_saves(tmp_path, victim):
+    """After that of rank 0 nobody spoke and nothing was saved, since both were rank 0's to do."""
+    with open(tmp_path / "told", "w") as told:
+        words = command(2, tmp_path, "many steps", "two")
+        launcher = subprocess.Popen(words, stdout=told, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "two" / "run" / "metrics.jsonl"
+    while launcher.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.01)
+    found = [line.split() for line in (tmp_path / "told").read_text().splitlines() if "is process" in line]
+    pid = {int(rank): int(pid) for _, rank, _, _, pid in found}[victim]
+    os.kill(pid, signal.SIGKILL)
+    begin = time.monotonic()
+    assert launcher.wait(60) != 0
+    assert time.monotonic() - begin < 15
+    told = (tmp_path / "told").read_text()
+    assert told.count("\na process of this run has died") == 1, told
+    assert told.count("; go on with: python train.py") == 1, told
+    # That a run resumed from it ends with the same bits is among the faults of test_faults.py.
+    (saved,) = Path(tmp_path / "two/run/ckpt").iterdir()
+    assert int(saved.name[-6:]) >= 2
 
 
 def test_a_reward_that_fails_on_rank_1_is_said_once_and_the_last_step_is_saved(tmp_path):
@@ -128,7 +171,7 @@ def test_prompts_that_processes_cannot_share_evenly_are_refused_once(tmp_path):
     assert not (tmp_path / "several").exists()
 
 
-@pytest.mark.parametrize("name, processes", [("bf16", 2), ("lora", 4)])
+@pytest.mark.parametrize("name, processes", [("bf16", 2), ("lora", 4), ("8 bits", 2)])
 def test_a_shared_optimiser_changes_no_bit_and_its_checkpoint_is_anybodys(tmp_path, name, processes):
     for folder, which in (("apart", name), ("shared", f"{name}, shared")):
         out = on(processes, tmp_path, which, folder)

@@ -1047,7 +1047,7 @@ def test_what_rewards_log_lands_in_rollouts_and_metrics(tmp_path, capsys, keys):
         if not m["resampled_prompts"]:
             mean = sum(r["extra"]["letters"] for r in drawn) / len(drawn)
             assert m["letters/mean"] == pytest.approx(mean)
-    assert "none" in capsys.readouterr().out.split("\n  step")[1].split("\n")[0].split()
+    assert "none" in capsys.readouterr().out.split("\n  step   ")[1].split("\n")[0].split()
 
 
 def test_every_strict_reward_with_a_lenient_twin_is_no_more_generous():

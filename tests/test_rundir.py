@@ -1,7 +1,9 @@
 """rundir.py: a folder holds one run. Each test tells what once went wrong."""
 
 import json
+import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import checkpoint
 import lora
 import rundir
 import train
-from conftest import rows, same, settings, weights
+from conftest import even, rows, same, settings, untimed, weights
 from policy import load_policy
 
 
@@ -163,7 +165,10 @@ def test_a_disk_that_is_full_is_said_and_leaves_no_half_save(tmp_path, monkeypat
     assert not list((tmp_path / "run/ckpt").glob(".tmp*"))
 
 
-@pytest.mark.parametrize("keys, count", [(dict(keep=1), 2), (dict(keep=0), 4), (dict(save_every=0), 1)])
+@pytest.mark.parametrize(
+    "keys, count",
+    [(dict(keep=1), 2), (dict(keep=0), 4), (dict(save_every=0), 1), (dict(save_every=3, keep=0), 2)],
+)
 def test_a_disk_too_small_for_what_will_be_saved_is_said_before_the_first_step(
     tmp_path, monkeypatch, capsys, keys, count
 ):
@@ -183,3 +188,112 @@ def test_a_disk_too_small_for_what_will_be_saved_is_said_before_the_first_step(
         train.main(again(cfg, save_failure="stop"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=count * one))
     assert train.main(cfg) == 0 and "warning" not in capsys.readouterr().out
+
+
+@contextmanager
+def largest_file(size):
+    """The system refuses to write a file beyond this many bytes: errors of real writes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_safetensors_meets_on_a_full_disk_is_an_oserror(tmp_path):
+    """It has an error type of its own: a full disk ended the run in a traceback, with nothing said."""
+    cfg = settings(tmp_path, steps=1, save_every=0)
+    train.main(cfg)
+    run = train.Run(again(cfg, out_dir=str(tmp_path / "second")))
+    with largest_file(40_000), pytest.raises(OSError, match="File too large"):
+        run.save(run.moments())
+    assert not list((tmp_path / "second" / "ckpt").iterdir())
+
+
+def test_a_start_that_does_not_fit_is_one_sentence(tmp_path):
+    with (
+        largest_file(40_000),
+        pytest.raises(ValueError, match="the model that training starts from could not"),
+    ):
+        train.main(settings(tmp_path, scratch=settings(tmp_path).scratch))
+
+
+def test_metrics_that_a_full_disk_did_not_take_are_written_later_and_none_is_torn(tmp_path, capsys):
+    """A row that failed was lost, half of it stayed in the file, and the save that followed hid it."""
+    cfg = settings(tmp_path, steps=4, save_every=1, rollouts_every=1)
+    train.main(again(cfg, out_dir=str(tmp_path / "whole")))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    calls, limits = [], []
+
+    def fills_up(completions, **_):
+        """From the second step's reward on a file may be 10 bytes longer than metrics.jsonl is; at the
+        fourth's there is room again.
+        """
+        calls.append(1)
+        if len(calls) == 2:
+            limits.append(resource.getrlimit(resource.RLIMIT_FSIZE))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size + 10, limits[0][1]))
+        if len(calls) == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits[0])
+        return even(completions)
+
+    fills_up.__name__ = "even"
+    capsys.readouterr()
+    try:
+        assert train.main(again(cfg, rewards=[(fills_up, 1.0)])) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits[0])
+    told = capsys.readouterr().out
+    assert "metrics.jsonl could not be written (File too large); its rows are kept and written later" in told
+    assert "rollouts/step_000002.jsonl could not be written" in told and "going on without it" in told
+    assert "step 2 could not be saved" in told and "step_000001 is safe; going on to the next save" in told
+    assert steps_of(cfg.out_dir) == ["step_000001", "step_000004"]
+    wanted = rows(tmp_path / "whole" / "metrics.jsonl")
+    assert list(map(untimed, rows(metrics))) == list(map(untimed, wanted))
+
+
+def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch, capsys):
+    """The run ended with status 0 and named a checkpoint that was not there."""
+    cfg = settings(tmp_path, steps=2)
+
+    def out_of_space(*arguments):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(checkpoint, "save_file", out_of_space)
+    assert train.main(cfg) == 1
+    told = capsys.readouterr().out
+    assert "step 2 could not be saved" in told and "Disk quota exceeded" in told and "--resume=True" in told
+    monkeypatch.undo()
+    assert train.main(again(cfg, resume=True)) == 0
+
+
+def test_a_step_whose_evaluation_fails_keeps_its_row(tmp_path):
+    """The step was saved and its row not yet written, so a resumed run went on after it without one."""
+    cfg = settings(tmp_path, steps=4, save_every=0, eval_every=2, eval_problems=3)
+    train.main(again(cfg, out_dir=str(tmp_path / "whole")))
+    calls = []
+
+    def fails_once(completions, **_):
+        calls.append(len(completions))
+        if len(calls) == 4:  # the evaluation before training, two steps, and the evaluation after the second
+            assert calls[-1] == 3
+            raise OSError("no such service")
+        return even(completions)
+
+    fails_once.__name__ = "even"
+    assert train.main(again(cfg, rewards=[(fails_once, 1.0)])) == 1
+    assert steps_of(cfg.out_dir) == ["step_000002"]
+    assert train.main(again(cfg, resume=True)) == 0
+    found = [rows(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
+    assert [untimed(row) for row in found[0]] == [untimed(row) for row in found[1]]
+
+
+def test_what_a_kill_in_the_last_save_left_goes_when_the_run_is_resumed(tmp_path):
+    """A run that is done saves no more, and only saves swept: an old checkpoint's bytes stayed for good."""
+    cfg = settings(tmp_path, steps=2)
+    train.main(cfg)
+    (tmp_path / "run/ckpt/.tmp-step_000001").mkdir()
+    (tmp_path / "run/ckpt/step_000002").rename(tmp_path / "run/ckpt/.old-step_000002")
+    assert train.main(again(cfg, resume=True)) == 0
+    assert steps_of(cfg.out_dir) == ["step_000002"]

@@ -252,7 +252,7 @@ def full(**options):
     ],
     ids=["full", "lora", "lora with dropout", "full, bf16"],
 )
-@pytest.mark.parametrize("how, share", [("layers", 1 / 4), ("light", 0.8)])
+@pytest.mark.parametrize("how, share", [("layers", 1 / 4), ("light", 0.8), ("offload", 1)])
 def test_checkpointing_gives_the_same_bits_and_keeps_less(make, how, share):
     model, (prompts, completions) = make().train(), ragged(V=48)
     found = {}
@@ -271,6 +271,18 @@ def test_checkpointing_gives_the_same_bits_and_keeps_less(make, how, share):
         )
     assert all(torch.equal(a, b) for a, b in zip(found["none"][1], found[how][1], strict=True))
     assert found[how][0] < share * found["none"][0]
+
+
+def test_offloaded_inputs_are_not_kept_where_the_others_are():
+    model, (prompts, completions) = full().train(), ragged(V=48)
+    kept = {}
+    for model.checkpointing in ("layers", "offload"):
+        with Kept(model) as found:
+            model.completion_logprobs(prompts, completions)
+        kept[model.checkpointing] = found.bytes
+    tokens = sum(map(len, prompts)) + sum(len(ids) for group in completions for ids in group)
+    inputs = 6 * tokens * model.shape.D * 4
+    assert kept["layers"] - kept["offload"] == pytest.approx(inputs, rel=0.2)
 
 
 def test_checkpointing_does_nothing_where_nobody_learns(tiny, monkeypatch):

@@ -15,40 +15,49 @@ MAY_IMPORT = {
     # pure: torch, numpy and the standard library
     "loss": set(),
     "data": set(),
-    "optim": set(),
+    "blocks": set(),
+    "optim": {"blocks"},
     "checkpoint": set(),
     "ranks": set(),
     "shape": set(),
     "cache": set(),
     "rundir": {"checkpoint"},
     "fingerprint": set(),
+    "progress": set(),
+    "memory": {"cache"},
+    "plan": {"checks", "config", "memory", "shape"},
+    "usage": set(),
     "picture": set(),
     "report": {"picture"},  # reads what a run left: nothing of a run knows of it but train.py's last line
     # a model, and sampling from it
     "packing": set(),
-    "model": {"packing", "shape"},
+    "nf4": {"blocks"},
+    "model": {"nf4", "packing", "shape"},
     "lora": set(),
     "decode": {"cache"},
-    "rollout": {"cache", "decode", "model"},
+    "rollout": {"cache", "decode", "model", "progress"},
     # what a run needs
-    "config": {"loss"},  # an objective's keywords are config keys
+    "config": {"loss", "usage"},  # an objective's keywords are config keys
     "rewards": {"data"},
-    "policy": {"data", "lora", "model"},
+    "policy": {"checkpoint", "data", "lora", "model"},
     "head": {"loss"},
     "batch": {"loss", "model", "ranks", "rollout"},
     "evaluation": {"data", "rewards"},
-    "warmup": {"data", "model", "optim"},
-    "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout"},
+    "checks": {"config", "data", "memory", "policy", "progress", "rewards", "shape", "usage"},
+    "warmup": {"data", "model", "optim", "progress"},
+    "screen": {"config", "data", "evaluation", "memory", "nf4", "ranks", "rewards"},
+    "trackers": {"config", "screen"},
+    "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen", "trackers"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"fingerprint", "rollout", "rundir", "warmup"}
+MAY_IMPORT["run"] |= {"checks", "fingerprint", "memory", "nf4", "progress", "rollout", "rundir", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
-ALONE = ["loss", "data", "optim", "ranks", "shape", "kernels/switch", "kernels/attention"]
+ALONE = ["loss", "data", "blocks", "ranks", "shape", "kernels/switch", "kernels/attention"]
 # With kernels/switch.py beside it, and nothing else of ours.
 SANDBOX = [f"tasks/{name}.py" for name in "sandbox isolation launcher confine seccomp inside".split()]
-WITH_SWITCH = ["flash_attention", "logprob", "lora_linear", "rms_norm", "rope", "sample", "swiglu"]
+WITH_SWITCH = ["flash_attention", "logprob", "lora_linear", "nf4", "rms_norm", "rope", "sample", "swiglu"]
 
 
 def name_of(path):
@@ -159,13 +168,10 @@ def import_each(tmp_path, wanted: dict[str, list[str]]):
     assert out.returncode == 0 and not out.stdout, out.stdout + out.stderr
 
 
-def test_files_can_be_copied_out_alone(tmp_path):
-    import_each(tmp_path, {name.split("/")[-1]: [f"{name}.py"] for name in ALONE})
-
-
-def test_kernels_can_be_copied_out_with_their_switch(tmp_path):
+def test_files_can_be_copied_out_alone_and_kernels_with_their_switch(tmp_path):
+    alone = {name.split("/")[-1]: [f"{name}.py"] for name in ALONE}
     pair = {f"kernels.{name}": ["kernels/switch.py", f"kernels/{name}.py"] for name in WITH_SWITCH}
-    import_each(tmp_path, pair)
+    import_each(tmp_path, alone | pair)
 
 
 def test_the_sandbox_can_be_copied_out(tmp_path):
@@ -191,5 +197,5 @@ def test_readme_names_files_commands_and_keys_that_exist():
         assert (ROOT / script).exists(), script
     of_the_project = re.sub(r"python bench/[^`\n]*", "", text)  # a bench has flags of its own
     for key in re.findall(r"--(\w+)=", of_the_project):
-        assert key in configs.FIELDS or key == "nproc_per_node", key
+        assert key in configs.FIELDS or key in ("nproc_per_node", "gpu_gb"), key
     assert len(re.findall(r"python -m pytest$", text, re.M)) == 1  # .ci/run takes this line

@@ -93,6 +93,8 @@ RESUMED = {
     "merged lora": dict(lora_rank=4, lora_alpha=8.0, beta=0.1, lora_merge="on"),
     "warm-up and reference": dict(beta=0.1, sft_steps=3, sft_batch=4),
     "bf16": dict(dtype="bfloat16"),
+    "8-bit moments": dict(dtype="bfloat16", optimizer_bits=8),
+    "base in 4 bits": dict(base="nf4", lora_rank=4, lora_alpha=8.0, beta=0.1),
     "several updates": dict(epochs=2, minibatches=2, mismatch_clip=2.0),
     "moving reference": dict(beta=0.2, ref_sync_every=1, ref_mix=0.5),
     "dynamic sampling": dict(resample_zero_groups=True, rewards=[(by_prompt, 1.0)]),
@@ -354,7 +356,7 @@ def test_the_head_in_chunks_gives_the_gradient_of_the_whole_objective_at_once(tm
     assert calls and max(calls) > 14
 
 
-@pytest.mark.parametrize("how", ["layers", "light"])
+@pytest.mark.parametrize("how", ["layers", "light", "offload"])
 def test_checkpointing_changes_no_bit_of_a_run(tmp_path, how):
     runs = []
     for checkpointing in ("none", how):
