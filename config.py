@@ -53,7 +53,7 @@ class Config:
     # -- rewards: pairs of a name in rewards.py, or a function, and a weight; 0 is logged and not trained on
     rewards: list = field(default_factory=lambda: [("gsm8k", 1.0)])
     reward_messages: bool = False  # rewards get TRL's conversational form where the prompt is messages
-    sandbox: str = "auto"  # for the reward `code`; strict: refuse to start without full isolation
+    sandbox: str = "auto"  # for reward `code`; strict: full isolation or stop; trust: go on without any
     reward_overlap: bool = False  # score a group while others are sampled, for slow rewards: one call a group
     reward_timeout: float = 300.0  # seconds one reward function may take for a batch
     # -- the batch: these three knobs and no others
@@ -371,7 +371,7 @@ CHOICES = dict(
     lora_merge=("auto", "on", "off"),
     schedule=("constant", "cosine", "linear"),
     wandb=("", "online", "offline"),
-    sandbox=("auto", "strict"),
+    sandbox=("auto", "strict", "trust"),
     save_failure=("warn", "stop"),
 )
 # What a number may be, as an interval: [ and ] include the end, ( and ) do not. The upper ends are far beyond

@@ -407,14 +407,14 @@ def runs_code(functions) -> bool:
 
 
 def check_sandbox(functions, mode: str):
-    """SandboxError where a strict run would run code on a machine that cannot isolate it.
+    """SandboxError where a run would run code on a machine that isolates it less than the run wants.
 
-    functions: resolve's list; mode: the config's sandbox, "auto" or "strict".
+    functions: resolve's list; mode: the config's sandbox, "strict", "auto" or "trust".
     """
-    if mode == "strict" and runs_code(functions):
+    if runs_code(functions):
         from tasks import sandbox
 
-        sandbox.isolation(strict=True)
+        sandbox.demand(mode)
 
 
 @dataclasses.dataclass(frozen=True)

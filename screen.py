@@ -90,7 +90,8 @@ def what_is_isolated(mode: str) -> str:
 
     held = sandbox.isolation()
     missing = [name for name in sandbox.FULL if name not in held]
-    return f"sandbox ({mode}): isolates {', '.join(held)}" + "".join(f"; NOT {name}" for name in missing)
+    said = f"sandbox ({mode}, {sandbox.way()}): isolates {', '.join(held)}"
+    return said + "".join(f"; NOT {name}" for name in missing)
 
 
 def planned(run, prompt_tokens: int, tokens: int, one_batch: bool) -> dict:

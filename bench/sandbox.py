@@ -2,9 +2,10 @@
 
     python bench/sandbox.py                     # 40 programs of one test each, one worker a core
     python bench/sandbox.py --programs=200 --workers=8
+    python bench/sandbox.py --mode=plain        # or root, user: not what this machine would choose
 
 A program with statement tests takes two sandboxes (its own and the judge's), a stdin test one. `bare` is the
-same Python, started without any of it: the floor for a way that gives each program a fresh process.
+same Python, started without any of it: the floor for a way that starts Python for each program.
 """
 
 import argparse
@@ -45,7 +46,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--programs", type=int, default=40)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--mode", choices=("root", "user", "plain"))
     args = parser.parse_args()
+    if args.mode:
+        chosen = (args.mode, isolation.probed(args.mode))
+        isolation.choose = lambda: chosen
     start = time.perf_counter()
     mode, held = isolation.choose()
     took = time.perf_counter() - start

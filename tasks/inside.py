@@ -1,31 +1,22 @@
-"""What runs inside a sandbox: limits first, then one of three roles, program, judge or script.
+"""What runs inside a sandbox: one of three roles, program, judge or script.
 
-Nobody imports this file: tasks/isolation.py reads it as text and hands it to the sandboxed Python, so that
-nothing of it can run in the process of the trainer. Its job is an open file, whose number is its argument.
+Nobody imports this file: tasks/launcher.py reads it as text and runs it in a fork that has shut itself in, so
+that nothing of it can run in the process of the trainer. Its job is an open file, whose number is its first
+argument; the numbers of the pipes between program and judge follow.
 """
 
 import builtins
 import json
 import operator
 import os
-import resource
 import sys
 
 with open(int(sys.argv[1]), "rb") as f:
     job = json.loads(f.read())
-sys.set_int_max_str_digits(0)
-os.environ.clear()
-os.chdir(job["scratch"])
-for name, value in job["limits"].items():
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-if job["uid"]:
-    os.setgroups([])
-    os.setgid(job["uid"])
-    os.setuid(job["uid"])
+job["fds"] = [int(fd) for fd in sys.argv[2:]]
 sys.argv = ["solution.py"]
-sys.path = [p for p in sys.path if p]
-os.write(job["ready"], b"1")
-os.close(job["ready"])
+sys.set_int_max_str_digits(0)
+builtins.exit = builtins.quit = sys.exit  # which Python's `site` would have made
 
 GONE = "the program has ended"
 KINDS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}

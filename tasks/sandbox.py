@@ -25,7 +25,7 @@ What is lost: arguments are copies (a function that sorts its argument in place 
 effect), a test cannot hand over a function or catch an exception class of the program's own, and only the
 standard library is there.
 
-Linux only. Needs the standard library, tasks/isolation.py and tasks/inside.py.
+Linux only. Needs the standard library, tasks/isolation.py and what that needs.
 Tests: python -m pytest tests/test_sandbox.py, speed: python bench/sandbox.py
 """
 
@@ -40,9 +40,19 @@ import subprocess
 import sys
 import time
 
-from tasks.isolation import FULL, PATIENCE, SandboxError, drained, isolation, started
+from tasks.isolation import (
+    FULL,
+    PATIENCE,
+    SandboxError,
+    conversation,
+    demand,
+    drained,
+    isolation,
+    started,
+    way,
+)
 
-__all__ = ["FULL", "SandboxError", "check", "check_all", "isolation"]
+__all__ = ["FULL", "SandboxError", "check", "check_all", "demand", "isolation", "way"]
 
 
 # ----------------------------------------------------------------------------------------- the verdicts
@@ -72,21 +82,9 @@ def check(source: str, tests: list, names=(), *, seconds: float = 4.0, memory_mb
 
 def check_statements(source, tests, seconds, memory_mb, names) -> list[str]:
     asked, modules = foreign(tuple(tests), tuple(names))
-    with contextlib.ExitStack() as stack:
-        pipes = stack.enter_context(contextlib.ExitStack())
-        program_reads, judge_writes = os.pipe()  # questions
-        judge_reads, program_writes = os.pipe()  # answers
-        for fd in (program_reads, judge_writes, judge_reads, program_writes):
-            pipes.callback(os.close, fd)
-        deadline = time.monotonic() + PATIENCE * seconds
-        limits = dict(seconds=seconds, memory_mb=memory_mb)
-        job = dict(role="program", source=source)
-        stack.enter_context(started(job, fds=(program_reads, program_writes), **limits))
-        job = dict(role="judge", tests=tests, names=asked, modules=modules)
-        judging = started(job, fds=(judge_reads, judge_writes), stdout=subprocess.PIPE, **limits)
-        judge = stack.enter_context(judging)
-        pipes.close()  # with ours open nobody would see the other end close
-        said, why = drained(judge, deadline)
+    program = dict(role="program", source=source)
+    judge = dict(role="judge", tests=tests, names=asked, modules=modules)
+    said, why = conversation(program, judge, seconds=seconds, memory_mb=memory_mb)
     verdicts = dict(json.loads(line) for line in said.split(b"\n") if line.endswith(b"]"))
     return [verdicts.get(n, why or "the program has ended") for n in range(len(tests))]
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import config as configs  # noqa: E402
 import model as models  # noqa: E402
+from sandboxes import mode, nothing_is_left, use  # noqa: E402, F401  (fixtures of two files)
 
 torch.set_num_threads(1)
 # A shell that starts the suite in the background ignores Ctrl-C for it and for its children, and the tests of

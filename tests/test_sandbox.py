@@ -3,7 +3,6 @@
 None gets it, none holds the others up, and nothing is left of any.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -11,64 +10,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from sandboxes import GOOD, first_mode_others_slow, TEST, needs, probe, processes, program
 from tasks import isolation as apart
 from tasks.sandbox import FULL, SandboxError, check, check_all, isolation
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux"),
+    pytest.mark.usefixtures("nothing_is_left"),
+]
 SECONDS = 1.0  # of CPU, three on the clock
-GOOD = "def add(a, b):\n    return a + b\n"
-TEST = "assert add(1, 2) == 3"
-
-
-def program(text: str) -> str:
-    """A program as it stands in a test, without the indentation that it has there."""
-    return textwrap.dedent(text).strip("\n")
-
-
-def needs(*names):
-    if missing := [n for n in names if n not in isolation()]:
-        pytest.skip(f"this machine's kernel gives a sandbox no {', '.join(missing)}")
-
-
-MARK = f"# mark {os.getpid()}"
-# It is on the command line of all processes that a sandbox is made of, and of their children.
-apart.CHILD += MARK
-
-
-def processes():
-    """Every process on this machine that belongs to a sandbox of this run, and every zombie of ours."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line, parent = (
-                (folder / "cmdline").read_bytes(),
-                (folder / "stat").read_text().rpartition(")")[2].split(),
-            )
-        except OSError:
-            continue
-        if MARK.encode() in line or parent[1] == str(os.getpid()) and parent[0] == "Z":
-            found.append((folder.name, line[:80], parent[0]))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    """No process, zombie, folder or descriptor is left by any test here, and the next program runs."""
-    before = len(os.listdir("/proc/self/fd"))
-    yield
-    assert processes() == []
-    assert len(os.listdir("/proc/self/fd")) <= before
-    assert not [
-        name for name in os.listdir(tempfile.gettempdir()) if name.startswith(f"sandbox-{os.getpid()}-")
-    ]
 
 
 # -------------------------------------------------------------------------------------- right and wrong
@@ -215,6 +172,27 @@ def test_stdin_and_stdout():
     assert check("print(len(open(0).read()))", [dict(input="x" * 10**6, output="1000000")]) == ["passed"]
 
 
+def test_a_script_ends_as_python_ends_it():
+    """It is a fork that does not go through the interpreter's own end: what happens there happens here."""
+    cases = {
+        "print(1)\nexit()": "passed",
+        "print(1)\nquit(0)\nprint(2)": "passed",
+        "import sys\nprint(1)\nsys.exit(3)": "ended with status 3",
+        "import sys\nprint(1)\nsys.exit('no')": "ended with status 1",
+        "print(1)\nraise ValueError": "ended with status 1",
+        "import atexit\natexit.register(print, 1)": "passed",
+        "from threading import Timer\nTimer(0.1, print, '1').start()": "passed",
+        "import sys\nsys.stdout.write('1')": "passed",
+        "import os\nos.write(1, b'1')\nos.close(1)": "passed",
+        "import sys\nsys.stdout.buffer.write(b'1')": "passed",
+        "import sys\nprint('x', file=sys.stderr)\nprint(1)": "passed",
+    }
+    if apart.choose()[0] == "plain":
+        cases = {source: verdict for source, verdict in cases.items() if "threading" not in source}
+    jobs = [(source, [dict(input="", output="1")]) for source in cases]
+    assert check_all(jobs) == [[verdict] for verdict in cases.values()]
+
+
 # -------------------------------------------------------------------------------------------- isolation
 def test_isolation_is_found_by_trying_and_strict_wants_all_of_it(monkeypatch):
     assert set(isolation()) <= set(FULL) and "limits" in isolation()
@@ -233,7 +211,7 @@ def test_a_strict_run_does_not_start_where_programs_cannot_be_shut_in(monkeypatc
         cfg = config.load([str(ROOT / "configs" / name), *flags])
         rewards.check_sandbox(rewards.resolve(cfg.rewards), cfg.sandbox)
 
-    monkeypatch.setattr(apart, "choose", lambda: ("plain", ("limits",)))
+    monkeypatch.setattr(apart, "choose", lambda: ("plain", ("verdicts", "limits")))
     with pytest.raises(SandboxError, match="sandbox='strict' needs"):
         start("code.py")
     start("code.py", "--sandbox=auto")
@@ -258,34 +236,8 @@ def test_a_machine_that_cannot_isolate_says_so_and_runs_under_limits(monkeypatch
     got = check_all(
         [(GOOD, [TEST]), (fork, ["assert add(1, 2) == 'refused'"]), ("while True: pass", [TEST])], seconds=2
     )
-    assert got == [["passed"], ["passed"], ["the program has ended"]]
-
-
-def test_without_namespaces_a_neighbour_plants_nothing_in_a_scratch_folder(monkeypatch, tmp_path):
-    """No module that Python would import as root, no link in the place of a file that root writes."""
-    monkeypatch.setattr(apart, "choose", lambda: ("plain", ("limits",)))
-    secret = tmp_path / "secret"
-    secret.write_text("kept")
-    made = apart.scratch_folder
-
-    @contextlib.contextmanager
-    def planted(*args):
-        with made(*args) as folder:
-            Path(folder, "json.py").write_text("raise SystemExit")
-            Path(folder, "file").symlink_to(secret)
-            yield folder
-
-    monkeypatch.setattr(apart, "scratch_folder", planted)
-    look = program(
-        r"""
-        import os, sys
-        def look():
-            own = os.stat('.')
-            return oct(own.st_mode & 0o777), own.st_uid == os.getuid(), '' in sys.path
-        """
-    )
-    assert check(look, ["assert look() == ('0o700', True, False)"]) == ["passed"]
-    assert secret.read_text() == "kept"
+    assert got[:2] == [["passed"]] * 2
+    assert got[2][0] in ("the program has ended", "too slow")  # by CPU or, on a busy machine, by the clock
 
 
 def test_a_user_without_privileges_gets_the_same_isolation():
@@ -319,6 +271,8 @@ print(choose()[0], set(isolation()) == set(FULL), check({GOOD!r}, {tests!r}))
 
 
 def test_a_sandbox_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypatch):
+    monkeypatch.setattr(apart, "LAUNCHERS", {})
+    monkeypatch.setattr(apart, "choose", lambda: ("user", FULL))
     monkeypatch.setattr(apart, "PYTHON", "/no/python")
     with pytest.raises(SandboxError, match="did not start"):
         check(GOOD, [TEST])
@@ -474,7 +428,7 @@ FORGERIES = {
 }
 
 
-def test_no_verdict_is_forged():
+def test_no_verdict_is_forged(mode):
     tests = [
         TEST,
         "assert abs(add(1, 2) - 3) < 1e-6",
@@ -494,7 +448,7 @@ def test_no_verdict_is_forged():
 
 
 @pytest.mark.slow
-def test_programs_that_do_not_end_are_ended_and_the_next_batch_works():
+def test_programs_that_do_not_end_are_ended_and_the_next_batch_works(mode):
     """Each in the module itself and when asked; all at once, with good programs among them."""
     loops = [
         "while True: pass",
@@ -531,7 +485,7 @@ def test_programs_that_do_not_end_are_ended_and_the_next_batch_works():
 
 
 @pytest.mark.slow
-def test_a_fork_bomb_stays_in_its_sandbox():
+def test_a_fork_bomb_stays_in_its_sandbox(mode):
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     thread_bomb = program(
         r"""
@@ -552,23 +506,13 @@ def test_a_fork_bomb_stays_in_its_sandbox():
     assert processes() == [] and check(GOOD, [TEST], seconds=20) == ["passed"]
 
 
-def probe(body: str, wanted: str, **keys):
-    """What a program sees, as its answer to a test: `body` sets r."""
-    source = (
-        "import os, sys, socket, resource\ndef look():\n"
-        + "".join(f"    {line}\n" for line in body.split("\n"))
-        + "    return r\n"
-    )
-    return check(source, [f"assert look() == {wanted}"], **keys)
-
-
-def test_memory_is_limited():
+def test_memory_is_limited(mode):
     got = probe("try: r = len(bytearray(10 * 2**30))\nexcept MemoryError: r = 'none'", "'none'")
     assert got == ["passed"]
     assert check("x = [0]\nwhile True: x += x", [TEST])[0] == "the program has ended"
 
 
-def test_files_are_limited():
+def test_files_are_limited(mode):
     write = program(
         r"""
         n = 0
@@ -580,32 +524,37 @@ def test_files_are_limited():
         """
     )
     assert probe(write, "True", seconds=10) == ["passed"]
+    # Without namespaces a scratch folder is no file system of its own: a program that fills it is ended.
+    within = ("passed", "the program has ended") if mode == "plain" else ("passed",)
+    wait = "__import__('time').sleep(1)"
     many = program(
-        r"""
+        rf"""
         n = 0
         try:
-            for n in range(5000): open(f'f{n}', 'w').close()
+            for n in range(5000): open(f'f{{n}}', 'w').close()
+            {wait}
         except OSError: pass
         r = n <= 1000
         """
     )
-    needs("files")
-    assert probe(many, "True", seconds=10) == ["passed"]
+    assert probe(many, "True", seconds=10)[0] in within
     total = program(
-        r"""
+        rf"""
         n = 0
         try:
             for i in range(9):
-                with open(f'g{i}', 'wb') as f:
+                with open(f'g{{i}}', 'wb') as f:
                     for _ in range(8): f.write(b'0' * 2**20); f.flush(); n += 1
+            {wait}
         except OSError: pass
         r = n <= 16
         """
     )
-    assert probe(total, "True", seconds=10) == ["passed"]
+    assert probe(total, "True", seconds=10)[0] in within
 
 
-def test_output_is_limited():
+@first_mode_others_slow
+def test_output_is_limited(mode):
     start = time.monotonic()
     lines = "for i in range(10**6): print('line', i)"
     assert check(lines, [dict(input="", output="line")]) == ["too much output"]
@@ -615,22 +564,28 @@ def test_output_is_limited():
     assert time.monotonic() - start < 10
 
 
-def test_there_is_no_network():
+def test_there_is_no_network(mode):
     needs("network")
+    body = program(
+        """
+        r = []
+        for family, address in places:
+            try:
+                with socket.socket(family) as s:
+                    s.settimeout(1)
+                    s.connect(address)
+                    r.append(address)
+            except OSError: pass
+        try: r += [name for _, name in socket.if_nameindex() if name != 'lo']
+        except OSError: pass
+        """
+    )
     with socket.create_server(("127.0.0.1", 0)) as server:
-        for family, address in (
-            ("AF_INET", ("127.0.0.1", server.getsockname()[1])),
-            ("AF_INET", ("1.1.1.1", 53)),
-        ):
-            got = probe(
-                f"s = socket.socket(socket.{family})\ns.settimeout(1)\nr = s.connect_ex({address!r}) != 0",
-                "True",
-            )
-            assert got == ["passed"]
-    assert probe("r = [n for _, n in socket.if_nameindex()]", "['lo']") == ["passed"]
+        places = [(2, server.getsockname()), (2, ("1.1.1.1", 53))]
+        assert probe(f"places = {places!r}\n{body}", "[]") == ["passed"]
 
 
-def test_the_environment_is_empty_and_the_home_folder_not_there(monkeypatch):
+def test_the_environment_is_empty_and_the_home_folder_not_there(mode, monkeypatch):
     monkeypatch.setenv("SECRET_API_KEY", "sk-1234")
     assert probe("r = dict(os.environ), os.getenv('SECRET_API_KEY')", "({}, None)") == ["passed"]
     needs("files")
@@ -647,11 +602,22 @@ def test_the_environment_is_empty_and_the_home_folder_not_there(monkeypatch):
         "/dev/sda",
         "/dev/mem",
     ]
-    assert probe(f"r = [p for p in {secrets!r} if os.path.exists(p)]", "[]") == ["passed"]
-    assert probe("r = sorted(os.listdir('/dev')), os.listdir('.')", "(['null'], [])") == ["passed"]
+    body = program(
+        """
+        r = []
+        for p in secrets:
+            try: r.append(os.listdir(p) if os.path.isdir(p) else open(p, 'rb').read(1))
+            except OSError: pass
+        """
+    )
+    assert probe(f"secrets = {secrets!r}\n{body}", "[]") == ["passed"]
+    assert probe("r = os.listdir('.')", "[]") == ["passed"]
+    if mode != "plain":
+        assert probe(f"r = [p for p in {secrets!r} if os.path.exists(p)]", "[]") == ["passed"]
+        assert probe("r = os.listdir('/dev')", "['null']") == ["passed"]
 
 
-def test_the_scratch_folder_is_the_only_place_to_write(tmp_path):
+def test_the_scratch_folder_is_the_only_place_to_write(mode, tmp_path):
     needs("files", "privileges")
     tmp_path.chmod(0o777)
     places = [
@@ -661,7 +627,7 @@ def test_the_scratch_folder_is_the_only_place_to_write(tmp_path):
         "/usr/lib/x",
         "/dev/x",
         "/root/x",
-        apart.PREFIX + "/x",
+        sys.base_prefix + "/x",
         os.path.dirname(json.__file__) + "/x",
     ]
     body = program(
@@ -671,12 +637,13 @@ def test_the_scratch_folder_is_the_only_place_to_write(tmp_path):
             try: open(p, 'w'); r.append(p)
             except OSError: pass
         open('x', 'w').write('1')
-        open('/tmp/y', 'w')
-        if os.getcwd() != '/tmp': r.append('cwd')
+        open(os.getcwd() + '/y', 'w')
         """
     )
     assert probe(body, "[]") == ["passed"]
-    assert probe("r = sorted(os.listdir('/tmp'))", "[]") == ["passed"]  # nothing of the last program is there
+    if mode != "plain":
+        got = probe("r = os.getcwd(), os.listdir('/tmp')", "('/tmp', [])")  # nothing of the last program
+        assert got == ["passed"]
     lift = program(
         r"""
         import ctypes
@@ -689,14 +656,22 @@ def test_the_scratch_folder_is_the_only_place_to_write(tmp_path):
     assert probe(lift, "[-1] * 5") == ["passed"]
 
 
-def test_other_processes_are_out_of_reach():
+def test_other_processes_are_out_of_reach(mode):
     needs("processes", "privileges")
     alive = subprocess.Popen(["sleep", "60"])
     pids = (os.getpid(), os.getppid(), alive.pid, os.getpgrp())
     outside = [pid for pid in pids if pid > 100]  # 1 is somebody else inside
     body = f"""r = []
+import fcntl
 for pid in {outside + [-outside[-1]]}:
     try: os.kill(pid, 9); r.append(pid)
+    except OSError: pass
+    a, b = socket.socketpair()  # a signal of one's choice when something can be read
+    try:
+        fcntl.fcntl(a, fcntl.F_SETOWN, pid)
+        fcntl.fcntl(a, 10, 9)
+        fcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC)
+        b.send(b'x')
     except OSError: pass
 try: os.kill(-1, 9)
 except OSError: pass
@@ -713,7 +688,7 @@ except OSError: pass"""
         alive.wait()
 
 
-def test_limits_cannot_be_raised_again():
+def test_limits_cannot_be_raised_again(mode):
     body = program(
         r"""
         r = []
@@ -733,7 +708,7 @@ def test_limits_cannot_be_raised_again():
                 except OSError: pass
             """
         ),
-        "[]" if os.geteuid() == 0 else "[1]",
+        "[]",
     )
     assert got == ["passed"]
 
@@ -768,29 +743,3 @@ def test_verdicts_do_not_depend_on_the_run():
         )
     ]
     assert fixed[0] == fixed[1] == fixed[2]
-
-
-def test_a_trainer_that_is_killed_leaves_no_program_behind():
-    code = program(
-        f"""
-        import sys
-        sys.path.insert(0, {str(ROOT)!r})
-        from tasks import sandbox
-        apart.CHILD += {MARK!r}
-        print('up', flush=True)
-        sandbox.check('import time; time.sleep(60)', [{TEST!r}], seconds=0.5)
-        """
-    )
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    run.stdout.readline()
-    while not processes() and run.poll() is None:
-        time.sleep(0.05)
-    run.kill()
-    run.wait()
-    run.stdout.close()
-    deadline = time.monotonic() + 8
-    while processes() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for folder in Path(tempfile.gettempdir()).glob(f"sandbox-{run.pid}-*"):
-        shutil.rmtree(folder)
-    assert processes() == []

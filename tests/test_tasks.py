@@ -921,18 +921,17 @@ def test_ten_thousand_fuzzed_texts_have_an_answer_and_a_block_or_none():
 
 
 # ------------------------------------------------------------------------------------- files on their own
-FILES = sorted(path.stem for path in (ROOT / "tasks").glob("*.py") if path.stem not in ("__init__", "inside"))
-ISOLATION = ["tasks/isolation.py", "tasks/inside.py"]  # the second is no module: what the first runs
-NEEDS = {"isolation": ISOLATION, "sandbox": ISOLATION}
+# The sandbox's files go together, and test_style.py copies them out.
+TOGETHER = {"__init__", *"sandbox isolation launcher confine seccomp inside".split()}
+FILES = sorted(path.stem for path in (ROOT / "tasks").glob("*.py") if path.stem not in TOGETHER)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_task_needs_data_and_nothing_else_of_ours(name, tmp_path):
-    """And the sandbox not even that, which tasks/code.py imports when it runs something."""
-    shared = NEEDS.get(name, ["data.py"])
+    """Nor the sandbox, which tasks/code.py imports when it runs something."""
     folder = tmp_path / "tasks"
     folder.mkdir()
-    for file in (*shared, f"tasks/{name}.py"):
+    for file in ("data.py", f"tasks/{name}.py"):
         (tmp_path / file).write_bytes((ROOT / file).read_bytes())
     program = f"import sys, tasks.{name}; print('torch' in sys.modules, 'rewards' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
