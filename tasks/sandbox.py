@@ -37,10 +37,15 @@ import functools
 import json
 import os
 import subprocess
+import symtable
 import sys
 import time
 
 from tasks.isolation import FULL, PATIENCE, SandboxError, drained, isolation, started
+
+# Modules that tests use under these names, and may forget to import.
+ALIASES = dict(np="numpy", pd="pandas", plt="matplotlib", nx="networkx", sp="scipy", tf="tensorflow")
+ALIASES |= {name: name for name in "numpy pandas scipy sympy torch pytest networkx sklearn".split()}
 
 __all__ = ["FULL", "SandboxError", "check", "check_all", "isolation"]
 
@@ -57,7 +62,7 @@ def check(source: str, tests: list, names=(), *, seconds: float = 4.0, memory_mb
     Raises ValueError for a test that is no Python, SandboxError where a sandbox fails: then
     nothing is known of the program.
     """
-    statements = [test for test in tests if isinstance(test, str)]
+    statements = [test.removeprefix("\ufeff") for test in tests if isinstance(test, str)]
     judged = iter(())
     if statements:
         judged = iter(check_statements(source, statements, seconds, memory_mb, names))
@@ -119,22 +124,46 @@ def lines_of(text: str) -> list[str]:
 
 
 @functools.lru_cache(1000)
-def foreign(tests: tuple, names: tuple) -> tuple[list, list]:
-    """What tests use that they do not define.
+def foreign(tests: tuple, names: tuple) -> tuple[list, dict]:
+    """What tests use that they do not define: names that the program has to provide, and modules.
 
-    Names that the program has to provide, and modules of the standard library that are not imported.
+    modules: name -> module, of what is used with a dot and never imported: `math.isclose`, `np.allclose`. A
+    program that has a class of that name is not asked. Nor is it for a name that a test imports anywhere, or
+    that this test or one before it assigns: if that fails, the name is missing.
     """
-    used = set()
+    asked = set()
+    bound = set()
+    imported = set()
     owners = set()  # names before a dot
     for test in tests:
+        table = symtable.symtable(test, "test", "exec")
+        used = set(globals_used(table))
+        for symbol in table.get_symbols():
+            if symbol.is_imported():
+                imported.add(symbol.get_name())
+            if symbol.is_assigned():
+                bound.add(symbol.get_name())
+        asked |= used - bound
         for node in ast.walk(ast.parse(test)):
-            if isinstance(node, ast.Name):
-                used.add(node.id)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owners.add(node.value.id)
-    modules = owners & sys.stdlib_module_names
-    asked = {name for name in used if name in names or not (hasattr(builtins, name) or name in modules)}
-    return sorted(asked), sorted(modules - set(names))
+    modules = {name: name for name in owners & sys.stdlib_module_names} | {
+        name: ALIASES[name] for name in owners & ALIASES.keys()
+    }
+    for name in [*names, *bound, *imported]:
+        modules.pop(name, None)
+    asked = {name for name in asked if name in names or not hasattr(builtins, name)}
+    return sorted(asked - imported - modules.keys()), modules
+
+
+def globals_used(table):
+    """The names that a test reads, in itself or in a function of its own, and that no function defines."""
+    for symbol in table.get_symbols():
+        is_top = table.get_type() == "module"
+        if symbol.is_referenced() and (is_top or symbol.is_global()):
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from globals_used(child)
 
 
 def check_all(jobs: list[tuple], *, workers: int | None = None, **options) -> list:
