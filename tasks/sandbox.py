@@ -35,11 +35,14 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import marshal
 import os
 import subprocess
 import symtable
 import sys
 import time
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
 
 from tasks.isolation import FULL, PATIENCE, SandboxError, drained, isolation, started
 
@@ -87,13 +90,20 @@ def check_statements(source, tests, seconds, memory_mb, names) -> list[str]:
         limits = dict(seconds=seconds, memory_mb=memory_mb)
         job = dict(role="program", source=source)
         stack.enter_context(started(job, fds=(program_reads, program_writes), **limits))
-        job = dict(role="judge", tests=tests, names=asked, modules=modules)
+        job = dict(role="judge", judge=judge_code(), tests=tests, names=asked, modules=modules)
         judging = started(job, fds=(judge_reads, judge_writes), stdout=subprocess.PIPE, **limits)
         judge = stack.enter_context(judging)
         pipes.close()  # with ours open nobody would see the other end close
         said, why = drained(judge, deadline)
     verdicts = dict(json.loads(line) for line in said.split(b"\n") if line.endswith(b"]"))
     return [verdicts.get(n, why or "the program has ended") for n in range(len(tests))]
+
+
+@functools.cache
+def judge_code() -> str:
+    """The code of tasks/judging.py, which is compiled here, once, and run in the sandboxed Python alone."""
+    path = str(Path(__file__).with_name("judging.py"))
+    return marshal.dumps(SourceFileLoader("judging", path).get_code("judging")).hex()
 
 
 def check_script(source, stdin, output, seconds, memory_mb) -> str:
