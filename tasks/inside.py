@@ -160,7 +160,7 @@ IN_PLACE = "iadd isub imul iand ior ixor".split()
 for name in IN_PLACE:
     OPERATIONS[name] = getattr(operator, name)
 
-# A subclass stands for what it is built on. The methods called are those of the base type: a subclass may lie.
+# A subclass stands for what it is built on. The base type's own methods are called: a subclass may lie.
 IMMUTABLE = {
     int: int.__int__,
     float: float.__float__,
@@ -237,7 +237,7 @@ class Program:
         return [encode(x) for x in objects if type(x).__module__ == "solution"]
 
     def changed(self, packed, args) -> list:
-        """[which argument, its content now] of lists and the like that a function without result has changed."""
+        """[which argument, its content now] of lists and the like that a function without result changed."""
         again = [encode(x) if type(x) in (*MUTABLE, *deques()) else None for x in args]
         return [[n, new] for n, new in enumerate(again) if new is not None and new != packed[n]]
 
@@ -256,7 +256,7 @@ class Program:
         return ["raises", self.family(type(e)), packed, text, self.number(e)]
 
     def family(self, kind) -> list:
-        """An exception's class and its bases: numbers of the program's own with their names, names of Python's."""
+        """An exception's class and its bases: number, module and name of each, and Python's own by its name."""
         found = []
         for base in kind.__mro__:
             if base.__module__ == "builtins":

@@ -1,7 +1,15 @@
 """What the judge of a sandbox does: runs a data set's tests on stubs that ask the program.
 
-Nobody imports this file: tasks/sandbox.py hands its code to tasks/inside.py, in whose names it runs, where the
-role is judge. Tests: python -m pytest tests/test_verdicts.py
+Nobody imports this file: tasks/sandbox.py hands its code to tasks/inside.py, among whose names it runs where
+the role is judge. A test meets plain data, which is decoded here, and stubs, which stand for the program's
+objects. A stub can be called, and its attributes read; whatever a test decides by, truth, equality, order,
+length, what is in it, has to be plain data in the end. Where it is not, the test is refused, and fails whatever
+it catches.
+
+Two objects of the program are compared by what they are made of. The program says what that is, so it has to say
+it before it knows what is wanted: see Judge.check_made.
+
+Tests: python -m pytest tests/test_verdicts.py
 """
 
 # ruff: noqa: F821 (the names of tasks/inside.py: encode, decode, job, ..)
@@ -24,7 +32,10 @@ class Handle:
         self.changed = 0  # the question whose answer told another making than was known before
         self.made = 0  # the last question, a call, whose answer it was; and what that call handed over
         self.handed = None
-        self.retold = False
+        self.retold = False  # given by a call again, and changed
+        self.named = self.constant = (
+            False  # stands under a name in the module; is the attribute of such a one
+        )
         self.owner = None  # the object whose method this is
         self.tainted = False  # comes from arithmetic with a value of the test
         self.probed = False
@@ -226,7 +237,7 @@ class Judge:
         print(json.dumps([self.test, verdict]), file=self.verdicts, flush=True)
 
     def end(self, why):
-        """The last verdict: nothing more can be learned, and no `except` of a test may make something of it."""
+        """The last verdict. Nothing more can be learned, and no `except` of a test may make an answer of it."""
         self.say(self.failed or why)
         os._exit(0)
 
@@ -245,6 +256,8 @@ class Judge:
                 continue  # a test has defined it since
             self.put[name] = found[name] if name in found else self.stub(["name", name])
             self.space[name] = self.put[name]
+            if type(self.put[name]) is Stub:
+                handle_of(self.put[name]).named = True
 
     def stub(self, reference):
         stub = object.__new__(Stub)
@@ -344,7 +357,7 @@ class Judge:
         if type(result) is Stub:
             found = handle_of(result)
             found.owner = handle
-            found.made, found.handed = self.asked, None  # the program's constant, or an object's part
+            found.made, found.handed, found.constant = self.asked, None, handle.named
         return result
 
     def probe(self, stub):
@@ -370,7 +383,7 @@ class Judge:
         return result
 
     def same(self, a, b):
-        """Whether two objects are made of the same plain data, by what was known before the other was asked for."""
+        """Whether two objects are made of the same plain data."""
         if b is None:
             return False
         mine = handle_of(a)
@@ -395,7 +408,9 @@ class Judge:
         first, last = sorted([handle_of(a), handle_of(b)], key=lambda handle: handle.made)
         if last.retold:
             self.refuse("an object that was an answer before is no value to compare with")
-        if last.handed is None or first.handed is None:
+        if first is not last and last.made and first.changed >= last.made:
+            self.refuse("an object that changed after the other was asked for is no value to compare with")
+        if last.handed is None or first.constant:  # Color.RED == f(1): what it is does not hang on f
             return
         x = b if handle_of(b) is last else a
         held = leaves_of([x])
@@ -498,7 +513,7 @@ class Judge:
         return self.stubs[n]
 
     def error_class(self, family):
-        """The class here for one of the program's: of its nearest class of Python's, by the program's own names."""
+        """The class here for one of the program's: its nearest of Python's, and below it one for each other."""
         *own, kind = family
         kind = getattr(builtins, str(kind), None)
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
@@ -601,8 +616,8 @@ def importable(x):
 def rewritten(test, n, names):
     """(the test's code, its places of `raise`), with two questions made explicit.
 
-    `while node:` asks whether there is a node, and not for the truth of an object. In `f(x) == Point(1, 2)` the
-    right side has to be an object, or a program whose names all give 0 would be right.
+    `while node:` asks whether there is a node, and not for the truth of an object. In `f(x) == Point(1, 2)`
+    the right side has to be an object, or a program whose names all give 0 would be right.
     """
     tree = ast.parse(test)
     answers, made = assigned(tree, names)
@@ -629,7 +644,7 @@ def names_in(tree) -> list:
 
 
 def assigned(tree, names) -> tuple[set, dict]:
-    """Names that hold what the program said, and those of them that a call of a class of its gave: of which."""
+    """Names that hold what the program said, and name -> class where a call of a class gave it."""
     answers, made = set(names), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(name.id in answers for name in names_in(node.value)):

@@ -46,6 +46,7 @@ FORMS = {
     "own class, swapped": "assert Point(1, 2) == f(5)",
     "own class, by name": "r = f(5)\nassert r == Point(1, 2)",
     "own classes": "assert f(5) == [Point(1, 2), Point(3, 4)]",
+    "own class, in an object": "assert f(5).x == Point(1, 2)",
     "known before": "p = Point(1, 2)\nassert f(5) == p",
     "with": "with f(5):\n    assert f(5) == 120",
     "sum": "assert sum(f(5)) == 120",
@@ -166,6 +167,16 @@ HOSTILE = {
         "        return c.one\n    def __init__(s, *a): s.a = a\ndef f(x): return Point()"
     ),
     "points of nothing": "class Point:\n    def __init__(s, *a): pass\ndef f(x): return Point()",
+    "lists of points of nothing": (
+        "class Point:\n    def __init__(s, *a): pass\ndef f(x): return [Point(), Point()]"
+    ),
+    "points of nothing in an object": (
+        "class Point:\n    def __init__(s, *a): pass\nclass R: x = Point()\ndef f(x): return R()"
+    ),
+    "points that tell each other": (
+        "class Point:\n    all = []\n    def __init__(s, *a):\n        s.all.append(s)\n"
+        "        for p in s.all: p.a, p.others = (5, *a), s.all\ndef f(x): return Point()"
+    ),
     "points of one state": (
         "class Point:\n    state = {}\n    def __init__(s, *a):\n        s.__dict__ = s.state\n"
         "        s.state['a'] = a\ndef f(x): return Point(0, 0)"
@@ -214,6 +225,7 @@ NEVER = [name for name, source in HOSTILE.items() if "class Any" in source]
 NEVER += ["mock", "a class named f", "dies", "dies later", "kills", "aborts", "closes", "not there"]
 NEVER += ["endless", "endless, of texts", "answers nonsense", "answers other nonsense", "answers too much"]
 NEVER += ["answers with a deep list", "nests", "is a circle", "points of nothing", "points of one state"]
+NEVER += ["points that tell each other", "points of nothing in an object"]
 
 
 def verdicts_on(names: list[str]):
@@ -241,6 +253,16 @@ def test_no_hostile_program_passes_a_test_with_an_expected_value(every):
     for name, verdicts in verdicts_on(list(HOSTILE)[::every]):
         won += [(name, form) for form, verdict in zip(FORMS, verdicts) if verdict == "passed"]
     assert [pair for pair in won if not is_told(*pair)] == []
+
+
+@pytest.mark.slow
+def test_no_hostile_program_passes_a_comparison_of_objects_that_is_its_first_test():
+    """Before, in one list, the program knew the objects that earlier tests had made."""
+    forms = {name: test for name, test in FORMS.items() if "Point" in test}
+    pairs = [(name, form) for name in HOSTILE if "Point" in HOSTILE[name] for form in forms]
+    verdicts = check_all([(HOSTILE[name], [forms[form]]) for name, form in pairs], seconds=2)
+    assert len(pairs) > 150
+    assert [pair for pair, verdict in zip(pairs, verdicts) if verdict == ["passed"]] == []
 
 
 def test_what_no_test_can_make_of_a_program_is_said():
