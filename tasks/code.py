@@ -105,13 +105,13 @@ BEGINS = re.compile(r"\n(?:@|(?:async +)?def |class |import \w|from [\w.]+ impor
 
 
 def python_block(text: str, names=()) -> str:
-    """The program in a text: the last of its blocks in Python that defines most of `names`, "" if there is none.
+    """The program in a text: the last of its blocks that defines most of `names`, "" if there is no block.
 
-    A block lies between lines of three or more ` or ~, of the same sign and at least as many at its end; the
-    last may lack its end. Quoted or indented as its fence is, it is taken out of that. The first word behind the
-    sign is the language. Blocks without one count where none is Python by its word or defines more. Output, a
-    shell's lines, an example of use define nothing that the tests call. Without any fence the text from its
-    first definition or import on, if it defines one of `names`. Linear time.
+    A block lies between lines of three or more ` or ~, of the same sign and at least as many at its end. The
+    last may lack its end. One that is quoted or indented, as its fence is, is taken out of that. The first word
+    behind the sign is the language: Python, or none, which counts less. Output and examples of use define
+    nothing that the tests call. A text without any fence is a program from its first definition or import on,
+    if it defines one of `names`. Takes linear time.
     """
     found = fenced(text)
     if found is None:

@@ -256,7 +256,7 @@ class Program:
         return ["raises", self.family(type(e)), packed, text, self.number(e)]
 
     def family(self, kind) -> list:
-        """An exception's class and its bases: number, module and name of each, and Python's own by its name."""
+        """An exception's class and its bases: number, module, name of each, and Python's own by its name."""
         found = []
         for base in kind.__mro__:
             if base.__module__ == "builtins":

@@ -2,12 +2,12 @@
 
 Nobody imports this file: tasks/sandbox.py hands its code to tasks/inside.py, among whose names it runs where
 the role is judge. A test meets plain data, which is decoded here, and stubs, which stand for the program's
-objects. A stub can be called, and its attributes read; whatever a test decides by, truth, equality, order,
-length, what is in it, has to be plain data in the end. Where it is not, the test is refused, and fails whatever
-it catches.
+objects. A stub can be called, and its attributes read. Whatever a test decides by (truth, equality, length,
+what it contains) has to be plain data in the end. Where it is not, the test is refused: it fails whatever it
+catches.
 
-Two objects of the program are compared by what they are made of. The program says what that is, so it has to say
-it before it knows what is wanted: see Judge.check_made.
+Two objects of the program are compared by what they are made of. The program says what that is, so it has to
+say it before it knows what is wanted: see Judge.check_made.
 
 Tests: python -m pytest tests/test_verdicts.py
 """
@@ -237,7 +237,7 @@ class Judge:
         print(json.dumps([self.test, verdict]), file=self.verdicts, flush=True)
 
     def end(self, why):
-        """The last verdict. Nothing more can be learned, and no `except` of a test may make an answer of it."""
+        """The last verdict. Nothing more can be learned, and no `except` of a test makes an answer of it."""
         self.say(self.failed or why)
         os._exit(0)
 
@@ -513,7 +513,7 @@ class Judge:
         return self.stubs[n]
 
     def error_class(self, family):
-        """The class here for one of the program's: its nearest of Python's, and below it one for each other."""
+        """The class here for one of the program's: the nearest of Python's, and one for each below it."""
         *own, kind = family
         kind = getattr(builtins, str(kind), None)
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):

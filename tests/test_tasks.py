@@ -653,8 +653,8 @@ ASKED = [  # where the tests call f
     "text, names, block", [(text, (), b) for text, b in BLOCKS] + [(text, ("f",), b) for text, b in ASKED]
 )
 def test_the_program_is_the_last_block_that_defines_what_the_tests_call(text, names, block):
-    """It was the last closed block between ``` alone, marked with one of three words: an output after the program
-    was taken for it, and a quoted, indented, longer or unclosed fence was none."""
+    """It was the last closed block between ``` alone, marked with one of three words. An output after the
+    program was taken for it, and a quoted, indented, longer or unclosed fence was none."""
     assert python_block(text, names) == block
 
 

@@ -147,7 +147,9 @@ HOSTILE = {
         "def __enter__(s):\n    import os\n    os._exit(0)\n__exit__ = lambda *a: True"
     ),
     "dies": "import os\ndef f(x): os._exit(0)",
-    "dies later": "import os\nn = 0\ndef f(x):\n    global n\n    n += 1\n    return n if n < 3 else os._exit(1)",
+    "dies later": (
+        "import os\nn = 0\ndef f(x):\n    global n\n    n += 1\n    return n if n < 3 else os._exit(1)"
+    ),
     "kills": "import os\ndef f(x): os.kill(os.getpid(), 9)",
     "aborts": "import os\ndef f(x): os.abort()",
     "closes": "import os\ndef f(x): os.closerange(0, 64)",
@@ -191,7 +193,9 @@ HOSTILE = {
         "def f(x):\n    for n in range(200):\n        try:\n            return x(n)\n"
         "        except BaseException: pass\n    return 9"
     ),
-    "calls back for ever": "def f(x):\n    while True:\n        try: x(0)\n        except BaseException: pass",
+    "calls back for ever": (
+        "def f(x):\n    while True:\n        try: x(0)\n        except BaseException: pass"
+    ),
     "calls back with itself": "def f(x):\n    return x(Any())\n" + class_of("__eq__ = lambda s, o: True"),
     "answers for another": (
         "import sys\nside = sys._getframe(1).f_globals['side']\n"
@@ -207,7 +211,8 @@ HOSTILE = {
     ),
     "answers with a deep list": (
         "import sys\nside = sys._getframe(1).f_globals['side']\n"
-        "def f(x): side.answers.write(b'[\"gives\", ' + b'[\"list\", [' * 9999 + b']' * 19998 + b', [], []]\\n')"
+        "def f(x): side.answers.write(b'[\"gives\", ' + b'[\"list\", [' * 9999 + b']' * 19998 + "
+        "b', [], []]\\n')"
     ),
     "answers too much": "def f(x): return list(range(10**7))",
     "nests": "def f(x):\n    r = []\n    for _ in range(10**5): r = [r]\n    return r",
@@ -244,10 +249,10 @@ def is_told(name: str, form: str) -> bool:
     return form in NO_VALUE and name not in NEVER
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_hostile_program_passes_a_test_with_an_expected_value(every):
-    """Before, an object could be true, equal, long, near and a container of whatever it was asked for; the end of
-    an iterator ended map; a class named np was numpy; and a program that had died passed `except BaseException`."""
+    """An object could be true, equal, long, near and a container of whatever it was asked for. The end of an
+    iterator ended map, a class named np was numpy, and a program that had died passed `except BaseException`."""
     assert len(HOSTILE) >= 60
     won = []
     for name, verdicts in verdicts_on(list(HOSTILE)[::every]):
@@ -310,7 +315,8 @@ RIGHT = {
     "datetime": (
         "from datetime import *\ndef f(s): return datetime.fromisoformat(s).replace(tzinfo=timezone.utc)",
         [
-            "from datetime import *\nassert f('2024-01-02T03:04:05') == datetime(2024, 1, 2, 3, 4, 5, 0, timezone.utc)"
+            "from datetime import *\nassert f('2024-01-02T03:04:05') == datetime(2024, 1, 2, 3, 4, "
+            "5, 0, timezone.utc)"
         ],
     ),
     "time and timedelta": (
@@ -318,7 +324,8 @@ RIGHT = {
         ["import datetime as d\nassert f() == (d.time(1, 2), d.timedelta(-1, 0, 5))"],
     ),
     "collections": (
-        "from collections import *\ndef f(): return [deque([1]), Counter('aa'), OrderedDict(a=1), defaultdict(int)]",
+        "from collections import *\ndef f(): return [deque([1]), Counter('aa'), OrderedDict(a=1), "
+        "defaultdict(int)]",
         [
             "from collections import *\nassert f() == [deque([1]), Counter(a=2), OrderedDict(a=1), {}]",
             "assert f()[1].most_common(1) == [('a', 2)]",
@@ -337,16 +344,19 @@ RIGHT = {
         ],
     ),
     "nested dataclasses": (
-        "from dataclasses import *\n@dataclass\nclass P:\n    x: int\n@dataclass\nclass Line:\n    a: P\n    b: P\n"
+        "from dataclasses import *\n@dataclass\nclass P:\n    x: int\n@dataclass\nclass Line:\n"
+        "    a: P\n    b: P\n"
         "    name: str = field(default='', compare=False)\ndef f(): return Line(P(1), P(2), 'this')",
         ["assert f() == Line(P(1), P(2), 'other')", "assert f() != Line(P(1), P(3))", "assert f().b == P(2)"],
     ),
     "slots": (
-        "from dataclasses import dataclass\n@dataclass(slots=True)\nclass P:\n    x: int\ndef f(n): return P(n)",
+        "from dataclasses import dataclass\n@dataclass(slots=True)\nclass P:\n    x: int\n"
+        "def f(n): return P(n)",
         ["assert f(1) == P(1) and f(1) != P(2)"],
     ),
     "namedtuple": (
-        "from collections import namedtuple\nPoint = namedtuple('Point', 'x count')\ndef f(): return Point(1, 2)",
+        "from collections import namedtuple\nPoint = namedtuple('Point', 'x count')\n"
+        "def f(): return Point(1, 2)",
         [
             "assert f() == Point(1, 2)",
             "assert f() == (1, 2)",
@@ -371,12 +381,19 @@ RIGHT = {
     ),
     "own exception": (
         "class MyError(ValueError):\n    def __init__(s, code):\n        super().__init__(f'code {code}')\n"
-        "        s.code = code\nclass Deeper(MyError): pass\ndef f(x):\n    raise (Deeper if x > 5 else MyError)(x)",
+        "        s.code = code\nclass Deeper(MyError): pass\ndef f(x):\n"
+        "    raise (Deeper if x > 5 else MyError)(x)",
         [
-            "try:\n    f(3)\nexcept MyError as e:\n    assert e.code == 3 and str(e) == 'code 3'\nelse:\n    assert False",
+            (
+                "try:\n    f(3)\nexcept MyError as e:\n    assert e.code == 3 and str(e) == 'code 3'\n"
+                "else:\n    assert False"
+            ),
             "try:\n    f(9)\nexcept Deeper:\n    pass\nelse:\n    assert False",
             "try:\n    f(9)\nexcept MyError:\n    pass\nelse:\n    assert False",
-            "try:\n    f(9)\nexcept ValueError as e:\n    assert not isinstance(e, KeyError)\nelse:\n    assert False",
+            (
+                "try:\n    f(9)\nexcept ValueError as e:\n    assert not isinstance(e, KeyError)\n"
+                "else:\n    assert False"
+            ),
             "import unittest\nunittest.TestCase().assertRaises(MyError, f, 3)",
             "import unittest\nwith unittest.TestCase().assertRaises(MyError):\n    f(3)",
             "assert issubclass(Deeper, MyError) and issubclass(MyError, ValueError)",
@@ -386,12 +403,21 @@ RIGHT = {
         "import json\ndef f(kind, *args): raise kind(*args)\ndef g(t): return json.loads(t)\n"
         "def h(t): return t.encode('ascii')",
         [
-            "try:\n    f(KeyError, 'x')\nexcept KeyError as e:\n    assert e.args == ('x',) and str(e) == repr('x')",
+            (
+                "try:\n    f(KeyError, 'x')\nexcept KeyError as e:\n"
+                "    assert e.args == ('x',) and str(e) == repr('x')"
+            ),
             "import json\ntry:\n    g('[')\nexcept json.JSONDecodeError:\n    pass\nelse:\n    assert False",
-            "try:\n    f(SystemExit, 3)\nexcept SystemExit as e:\n    assert e.code == 3\nelse:\n    assert False",
+            (
+                "try:\n    f(SystemExit, 3)\nexcept SystemExit as e:\n    assert e.code == 3\nelse:\n"
+                "    assert False"
+            ),
             "try:\n    f(KeyboardInterrupt)\nexcept KeyboardInterrupt:\n    pass\nelse:\n    assert False",
             "try:\n    h('é')\nexcept UnicodeEncodeError:\n    pass\nelse:\n    assert False",
-            "try:\n    f(FileNotFoundError, 2, 'x')\nexcept OSError as e:\n    assert e.errno == 2\nelse:\n    assert False",
+            (
+                "try:\n    f(FileNotFoundError, 2, 'x')\nexcept OSError as e:\n"
+                "    assert e.errno == 2\nelse:\n    assert False"
+            ),
         ],
     ),
     "callback": (
@@ -400,7 +426,10 @@ RIGHT = {
             "assert f(lambda x: x * 2, [1, 2]) == [2, 4]",
             "assert twice(lambda x: x + 1)(3) == 5",
             "assert f(len, ['a', 'bb']) == [1, 2] and f(int, ['1']) == [1] and f(str.upper, ['a']) == ['A']",
-            "import operator, functools\nassert f(operator.neg, [1]) == [-1] and f(functools.partial(pow, 2), [3]) == [8]",
+            (
+                "import operator, functools\nassert f(operator.neg, [1]) == [-1] and "
+                "f(functools.partial(pow, 2), [3]) == [8]"
+            ),
             "seen = []\nf(seen.append, [1, 2])\nassert seen == [1, 2]",
             "assert f(lambda x: f(lambda y: x * y, [1, 2]), [3]) == [[3, 6]]",
         ],
@@ -416,7 +445,8 @@ RIGHT = {
         "import functools\ndef memo(g):\n    kept = {}\n    @functools.wraps(g)\n    def h(*a):\n"
         "        if a not in kept: kept[a] = g(*a)\n        return kept[a]\n    return h",
         [
-            "n = []\n@memo\ndef sq(x):\n    n.append(x)\n    return x * x\nassert sq(3) == sq(3) == 9 and n == [3]"
+            "n = []\n@memo\ndef sq(x):\n    n.append(x)\n    return x * x\n"
+            "assert sq(3) == sq(3) == 9 and n == [3]"
         ],
     ),
     "sort with a key": (
@@ -424,7 +454,8 @@ RIGHT = {
         ["assert f([1, -2], key=abs) == [1, -2]", "assert f([1, 2], key=lambda x: -x) == [2, 1]"],
     ),
     "generator": (
-        "def f(n):\n    for i in range(n): yield i\ndef count():\n    n = 0\n    while True:\n        yield n\n        n += 1",
+        "def f(n):\n    for i in range(n): yield i\ndef count():\n    n = 0\n    while True:\n"
+        "        yield n\n        n += 1",
         [
             "assert list(f(3)) == [0, 1, 2]",
             "g = f(1)\nassert next(g) == 0 and next(g, None) is None",
@@ -446,13 +477,15 @@ RIGHT = {
     "lazy results": (
         "def f(xs): return map(str, xs)\ndef g(xs): return zip(xs, xs)\ndef h(d): return d.items()",
         [
-            "assert list(f([1, 2])) == ['1', '2'] and list(g([1])) == [(1, 1)] and sorted(h({1: 2})) == [(1, 2)]"
+            "assert list(f([1, 2])) == ['1', '2'] and list(g([1])) == [(1, 1)] and sorted(h({1: "
+            "2})) == [(1, 2)]"
         ],
     ),
     "iterators handed over": (
         "def f(xs): return sum(xs)\ndef g(d): return sorted(d)",
         [
-            "assert f(iter([1, 2])) == 3 and f(x for x in [1, 2]) == 3 and g({'b': 1, 'a': 2}.keys()) == ['a', 'b']"
+            "assert f(iter([1, 2])) == 3 and f(x for x in [1, 2]) == 3 and g({'b': 1, 'a': "
+            "2}.keys()) == ['a', 'b']"
         ],
     ),
     "own iterator": (
@@ -462,13 +495,18 @@ RIGHT = {
     ),
     "with": (
         "class Manager:\n    log = []\n    def __enter__(s):\n        s.log.append('in')\n        return s\n"
-        "    def __exit__(s, *a):\n        s.log.append(a[0] and a[0].__name__)\n        return a[0] is KeyError\n"
-        "import contextlib\n@contextlib.contextmanager\ndef tag(out, name):\n    out.append(name)\n    yield name\n"
+        "    def __exit__(s, *a):\n        s.log.append(a[0] and a[0].__name__)\n"
+        "        return a[0] is KeyError\n"
+        "import contextlib\n@contextlib.contextmanager\ndef tag(out, name):\n    out.append(name)\n"
+        "    yield name\n"
         "    out.append('/' + name)",
         [
             "with Manager() as m:\n    assert m.log == ['in']\nassert m.log == ['in', None]",
             "m = Manager()\nwith m:\n    raise KeyError('x')\nassert m.log[-2:] == ['in', 'KeyError']",
-            "try:\n    with Manager():\n        raise ValueError\nexcept ValueError:\n    pass\nelse:\n    assert False",
+            (
+                "try:\n    with Manager():\n        raise ValueError\nexcept ValueError:\n    pass\n"
+                "else:\n    assert False"
+            ),
             "with tag([], 'b') as name:\n    assert name == 'b'",
         ],
     ),
@@ -502,28 +540,39 @@ RIGHT = {
         "def build(xs):\n    head = None\n    for x in reversed(xs): head = Node(x, head)\n    return head\n"
         "def turn(n):\n    last = None\n    while n: n.next, last, n = last, n, n.next\n    return last",
         [
-            "def out(n):\n    r = []\n    while n:\n        r.append(n.val)\n        n = n.next\n    return r\n"
+            "def out(n):\n    r = []\n    while n:\n        r.append(n.val)\n        n = n.next\n"
+            "    return r\n"
             "assert out(turn(build([1, 2, 3]))) == [3, 2, 1]\nassert out(turn(Node(1, Node(2)))) == [2, 1]",
-            "a, b = Node(1), Node(2)\na.next = b\nassert a.next is b and a.next == b and b.next == None and not b.next",
+            (
+                "a, b = Node(1), Node(2)\na.next = b\n"
+                "assert a.next is b and a.next == b and b.next == None and not b.next"
+            ),
             "assert build([1, 2]) == Node(1, Node(2)) and build([]) is None",
         ],
     ),
     "tree": (
         "class Tree:\n    def __init__(s):\n        s.left = s.right = s.key = None\n    def add(s, k):\n"
-        "        if s.key is None: s.key = k\n        else:\n            side = 'left' if k < s.key else 'right'\n"
+        "        if s.key is None: s.key = k\n        else:\n"
+        "            side = 'left' if k < s.key else 'right'\n"
         "            if not getattr(s, side): setattr(s, side, Tree())\n            getattr(s, side).add(k)\n"
-        "    def __iter__(s):\n        if s.left: yield from s.left\n        yield s.key\n        if s.right: yield from s.right",
+        "    def __iter__(s):\n        if s.left: yield from s.left\n        yield s.key\n"
+        "        if s.right: yield from s.right",
         [
-            "t = Tree()\nfor k in [3, 1, 2]: t.add(k)\nassert list(t) == [1, 2, 3] and t.left.right.key == 2 and 2 in t"
+            "t = Tree()\nfor k in [3, 1, 2]: t.add(k)\n"
+            "assert list(t) == [1, 2, 3] and t.left.right.key == 2 and 2 in t"
         ],
     ),
     "stack": (
-        "class Stack:\n    def __init__(s, items=()): s.items = list(items)\n    def push(s, x):\n        s.items.append(x)\n"
+        "class Stack:\n    def __init__(s, items=()): s.items = list(items)\n    def push(s, x):\n"
+        "        s.items.append(x)\n"
         "        return s\n    def pop(s): return s.items.pop()\n    def __len__(s): return len(s.items)\n"
         "    def __getitem__(s, i): return s.items[i]\n    def __setitem__(s, i, x): s.items[i] = x\n"
         "    def __contains__(s, x): return x in s.items\n    size = property(len)",
         [
-            "s = Stack()\ns.push(1).push(2)\nassert s.size == 2 and len(s) == 2 and s.pop() == 2 and s[0] == 1",
+            (
+                "s = Stack()\ns.push(1).push(2)\n"
+                "assert s.size == 2 and len(s) == 2 and s.pop() == 2 and s[0] == 1"
+            ),
             "s = Stack([5])\ns[0] = 6\nassert s.items == [6] and list(s) == [6] and 6 in s",
             "s = Stack()\ns.push(1)\nassert s == Stack([1])",
             "try:\n    Stack().pop()\nexcept IndexError:\n    pass\nelse:\n    assert False",
@@ -531,24 +580,32 @@ RIGHT = {
         ],
     ),
     "vector": (
-        "class V:\n    def __init__(s, x, y): s.x, s.y = x, y\n    def __add__(s, o): return V(s.x + o.x, s.y + o.y)\n"
+        "class V:\n    def __init__(s, x, y): s.x, s.y = x, y\n"
+        "    def __add__(s, o): return V(s.x + o.x, s.y + o.y)\n"
         "    def __mul__(s, k): return V(s.x * k, s.y * k) if isinstance(k, int) else s.x * k.x + s.y * k.y\n"
-        "    __rmul__ = __mul__\n    def __neg__(s): return V(-s.x, -s.y)\n    def __abs__(s): return (s.x**2 + s.y**2) ** 0.5\n"
-        "    def __eq__(s, o): return (s.x, s.y) == (o.x, o.y)\n    def __lt__(s, o): return abs(s) < abs(o)\n"
-        "    def __str__(s): return f'({s.x}, {s.y})'\n    def __iadd__(s, o):\n        s.x += o.x\n        return s",
+        "    __rmul__ = __mul__\n    def __neg__(s): return V(-s.x, -s.y)\n"
+        "    def __abs__(s): return (s.x**2 + s.y**2) ** 0.5\n"
+        "    def __eq__(s, o): return (s.x, s.y) == (o.x, o.y)\n"
+        "    def __lt__(s, o): return abs(s) < abs(o)\n"
+        "    def __str__(s): return f'({s.x}, {s.y})'\n    def __iadd__(s, o):\n"
+        "        s.x += o.x\n        return s",
         [
             "assert V(1, 2) + V(3, 4) == V(4, 6)",
             "assert V(1, 2) * 3 == V(3, 6) and (3 * V(1, 2)).y == 6",
             "assert abs(V(3, 4)) == 5",
             "assert V(1, 2) * V(3, 4) == 11 and -V(1, 2) == V(-1, -2)",
             "assert str(V(1, 2)) == '(1, 2)' == f'{V(1, 2)}'",
-            "assert V(1, 2) < V(3, 4) and sorted([V(3, 3), V(1, 1)])[0].x == 1 and max(V(1, 1), V(2, 2)) == V(2, 2)",
+            (
+                "assert V(1, 2) < V(3, 4) and sorted([V(3, 3), V(1, 1)])[0].x == 1 and max(V(1, 1), "
+                "V(2, 2)) == V(2, 2)"
+            ),
             "v = w = V(1, 2)\nv += V(2, 2)\nassert w.x == 3 and v is w",
             "assert V(1, 2) != V(1, 3)",
         ],
     ),
     "subclasses of Python's types": (
-        "class Grid(list):\n    def width(s): return len(s[0])\nclass Attr(dict):\n    def __getattr__(s, n): return s[n]\n"
+        "class Grid(list):\n    def width(s): return len(s[0])\nclass Attr(dict):\n"
+        "    def __getattr__(s, n): return s[n]\n"
         "class Name(str):\n    @property\n    def first(s): return s[0]\ndef f(): return Grid([[1, 2]])\n"
         "def g(): return Attr(a=1)\ndef h(): return Name('xy')",
         [
@@ -564,26 +621,36 @@ RIGHT = {
         ["assert LIMIT == 10 and LIMIT > 9 and LIMIT - 1 == 9", "assert up() == 1", "assert count == 1"],
     ),
     "singleton": (
-        "class One:\n    it = None\n    def __new__(c):\n        c.it = c.it or object.__new__(c)\n        return c.it",
+        "class One:\n    it = None\n    def __new__(c):\n        c.it = c.it or object.__new__(c)\n"
+        "        return c.it",
         ["assert One() is One() and One() == One()", "a, b = One(), One()\na.x = 5\nassert b.x == 5"],
     ),
     "inheritance": (
-        "from abc import ABC, abstractmethod\nclass Animal(ABC):\n    @abstractmethod\n    def speak(s): ...\n"
-        "class Dog(Animal):\n    kind = 'dog'\n    def speak(s): return 'Woof'\n    @classmethod\n    def make(c): return c()\n"
+        "from abc import ABC, abstractmethod\nclass Animal(ABC):\n    @abstractmethod\n"
+        "    def speak(s): ...\n"
+        "class Dog(Animal):\n    kind = 'dog'\n    def speak(s): return 'Woof'\n    @classmethod\n"
+        "    def make(c): return c()\n"
         "    @staticmethod\n    def legs(): return 4",
         [
-            "d = Dog()\nassert isinstance(d, Animal) and issubclass(Dog, Animal) and not isinstance(3, Animal)",
+            (
+                "d = Dog()\nassert isinstance(d, Animal) and issubclass(Dog, Animal) and not "
+                "isinstance(3, Animal)"
+            ),
             "assert Dog.make().speak() == 'Woof' and Dog.legs() == 4 and Dog.kind == 'dog'",
             "try:\n    Animal()\nexcept TypeError:\n    pass\nelse:\n    assert False",
         ],
     ),
     "attributes": (
-        "class A:\n    def __init__(s): s._x = 1\n    @property\n    def x(s): return s._x\n    @x.setter\n    def x(s, v):\n"
+        "class A:\n    def __init__(s): s._x = 1\n    @property\n    def x(s): return s._x\n"
+        "    @x.setter\n    def x(s, v):\n"
         "        if v < 0: raise ValueError(v)\n        s._x = v",
         [
             "a = A()\na.x = 5\nassert a.x == 5 and a._x == 5",
             "a = A()\ntry:\n    a.x = -1\nexcept ValueError:\n    pass\nelse:\n    assert False",
-            "a = A()\nassert hasattr(a, 'x') and not hasattr(a, 'y') and getattr(a, 'z', 3) == 3 and vars(a) == {'_x': 1}",
+            (
+                "a = A()\nassert hasattr(a, 'x') and not hasattr(a, 'y') and getattr(a, 'z', 3) == 3 "
+                "and vars(a) == {'_x': 1}"
+            ),
             "a = A()\na.new = 1\ndel a.new\nassert not hasattr(a, 'new')",
         ],
     ),
@@ -608,10 +675,15 @@ RIGHT = {
         ["assert f(3) == int and f('') is str", "assert g() is ValueError"],
     ),
     "objects handed back": (
-        "class Item:\n    def __init__(s, n, price): s.n, s.price = n, price\ndef total(items): return sum(i.price for i in items)\n"
-        "def best(items): return max(items, key=lambda i: i.price)\ndef index(items): return {i.n: i for i in items}",
+        "class Item:\n    def __init__(s, n, price): s.n, s.price = n, price\n"
+        "def total(items): return sum(i.price for i in items)\n"
+        "def best(items): return max(items, key=lambda i: i.price)\n"
+        "def index(items): return {i.n: i for i in items}",
         [
-            "items = [Item('a', 2), Item('b', 3)]\nassert total(items) == 5 and best(items).n == 'b' and best(items) is items[1]",
+            (
+                "items = [Item('a', 2), Item('b', 3)]\n"
+                "assert total(items) == 5 and best(items).n == 'b' and best(items) is items[1]"
+            ),
             "items = [Item('a', 2)]\nassert index(items) == {'a': items[0]} and index(items)['a'].price == 2",
         ],
     ),
