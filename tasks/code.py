@@ -108,10 +108,10 @@ def python_block(text: str, names=()) -> str:
     """The program in a text: the last of its blocks that defines most of `names`, "" if there is no block.
 
     A block lies between lines of three or more ` or ~, of the same sign and at least as many at its end. The
-    last may lack its end. One that is quoted or indented, as its fence is, is taken out of that. The first word
-    behind the sign is the language: Python, or none, which counts less. Output and examples of use define
-    nothing that the tests call. A text without any fence is a program from its first definition or import on,
-    if it defines one of `names`. Takes linear time.
+    last may lack its end. One that is quoted or indented, as its fence is, is taken out of that. The first
+    word behind the sign is the language: Python, or none, which counts less. Output and examples of use
+    define nothing that the tests call. A text without any fence is a program from its first
+    definition or import on, if it defines one of `names`. Takes linear time.
     """
     found = fenced(text)
     if found is None:

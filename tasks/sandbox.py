@@ -8,11 +8,11 @@ A naive harness runs program and tests in one interpreter, where the program can
 leave with exit(0), replace `assert`'s operands by objects that equal everything, or read the expected
 values off the stack. Here three parties never share a process:
 
-    program   the model's code, in a sandbox of its own. It is asked "what is add(1, 2)?" and answers with plain
-              data in JSON: Python's own types, Decimal, Fraction, dates, or the number of an object.
-    judge     the data set's tests, in another sandbox. Names that the tests neither define nor import are stubs
-              that ask the program; `== 3` is evaluated here, on plain data, and 3 is never sent. Without the
-              judge the data set's code would run in this process.
+    program   the model's code, in a sandbox of its own. It is asked "what is add(1, 2)?" and answers with
+              plain data in JSON: Python's own types, Decimal, Fraction, dates, or the number of an object.
+    judge     the data set's tests, in another sandbox. Names that the tests neither define nor import are
+              stubs that ask the program; `== 3` is evaluated here, on plain data, and 3 is never sent.
+              Without the judge the data set's code would run in this process.
     this one  reads the judge's verdicts from a pipe that the program has not got, and for tests of stdin and
               stdout compares the text itself.
 
@@ -20,23 +20,24 @@ So the program can only be right by giving right answers, to inputs it sees and 
 
 Objects of the program (stubs) may be called, and their attributes read. Their truth, equality with a value,
 order beside a value, and what they contain is plain data decoded in the judge, or the test fails and says so.
-Two of them are equal if they are of one class and made of equal fields, told before the later was asked for. An
-exception is the program's failure, which only an `except` with its class, or a base of it, makes anything else;
-StopIteration is one in `next` alone. After a program's end no test passes.
+Two of them are equal if they are of one class and made of equal fields, told before the later was asked for.
+An exception is the program's failure, which only an `except` with its class, or a base of it, makes anything
+else; StopIteration is one in `next` alone. After a program's end no test passes.
 
-What remains forgeable: answers known by heart, from the prompt or from a test that ran before. A test without an
-expected value: `assert f(x)` takes any true plain answer, `assert f(x).ok` and `len`, `isinstance`, `<` of two
-objects what the program says, a `try` the exception that is always raised, `except:` any. A test that tells the
-program what it wants: `f(x).equals(3)`, `f(x) == CONSTANT` of the program's own, or two of its functions
-compared with each other.
+What remains forgeable: answers known by heart, from the prompt or from a test that ran before. A test without
+an expected value: `assert f(x)` takes any true plain answer, `assert f(x).ok` and `len`, `isinstance`, `<` of
+two objects what the program says, a `try` the exception that is always raised, `except:` any. A test that
+tells the program what it wants: `f(x).equals(3)`, `f(x) == CONSTANT` of the program's own, or two of its
+functions compared with each other.
 
-What is lost, and fails a right program: an object's own __eq__ is not asked, nor its __bool__ and __contains__ (it
-is iterated over, to its end); `f(x) == p` where p is an object made before f(x) was asked; an object that does
-not keep the values it was made from; arithmetic of an object and a value that gives no object; `class Any` whose
-every attribute exists. Arguments, and lists in the program's objects, are copies: what a function changes in its
-argument comes back if it returns None, and `obj.items.append(1)` does nothing. Objects of the tests' own classes
-cannot be handed over, functions can. A program's `__exit__` suppresses what a test raises by `raise` alone. What
-it prints is not seen, coroutines are not run, and only the standard library is there.
+What is lost, and fails a right program: an object's own __eq__ is not asked, nor its __bool__ and
+__contains__ (it is iterated over, to its end); `f(x) == p` where p is an object made before f(x) was asked;
+an object that does not keep the values it was made from; arithmetic of an object and a value that gives no
+object; `class Any` whose every attribute exists. Arguments, and lists in the program's objects, are copies:
+what a function changes in its argument comes back if it returns None, and `obj.items.append(1)` does nothing.
+Objects of the tests' own classes cannot be handed over, functions can. A program's `__exit__` suppresses what
+a test raises by `raise` alone. What it prints is not seen, coroutines are not run, and only the standard
+library is there.
 
 Linux only. Needs the standard library, tasks/isolation.py, tasks/inside.py and tasks/judging.py.
 Tests: python -m pytest tests/test_sandbox.py tests/test_verdicts.py, speed: python bench/sandbox.py
@@ -161,15 +162,15 @@ def foreign(tests: tuple, names: tuple) -> tuple[list, dict]:
     for test in tests:
         table = symtable.symtable(test, "test", "exec")
         used = set(globals_used(table))
-        for symbol in table.get_symbols():
-            if symbol.is_imported():
-                imported.add(symbol.get_name())
-            if symbol.is_assigned():
-                bound.add(symbol.get_name())
+        imports = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_imported()}
+        bound |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()}
         asked |= used - bound
         for node in ast.walk(ast.parse(test)):
+            if isinstance(node, ast.ImportFrom) and node.module == "solution":  # which is the program
+                imports -= {alias.asname or alias.name for alias in node.names}
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owners.add(node.value.id)
+        imported |= imports
     modules = {name: name for name in owners & sys.stdlib_module_names} | {
         name: ALIASES[name] for name in owners & ALIASES.keys()
     }

@@ -252,7 +252,7 @@ def is_told(name: str, form: str) -> bool:
 @pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_hostile_program_passes_a_test_with_an_expected_value(every):
     """An object could be true, equal, long, near and a container of whatever it was asked for. The end of an
-    iterator ended map, a class named np was numpy, and a program that had died passed `except BaseException`."""
+    iterator ended map, a class named np was numpy, and a program that had died passed a bare `except`."""
     assert len(HOSTILE) >= 60
     won = []
     for name, verdicts in verdicts_on(list(HOSTILE)[::every]):
@@ -520,6 +520,20 @@ RIGHT = {
         ["assert f(2) == 'aa'\r\nassert f(1) == 'a'"],
     ),
     "form feed": ("\x0c\n\x0cimport os\n\x0cdef f(x):\n    return x\n", ["assert f(3) == 3"]),
+    "imported": (
+        "LIMIT = 3\ndef f(x): return x",
+        [
+            "from solution import f\nassert f(3) == 3",
+            "from solution import f as g, LIMIT\nassert g(3) == LIMIT",
+        ],
+    ),
+    "unittest": (
+        "def f(x): return 2 * x",
+        [
+            "import unittest\nclass T(unittest.TestCase):\n    def runTest(self):\n"
+            "        self.assertEqual(f(2), 4)\n        self.assertIn(f(1), [2])\nT().debug()"
+        ],
+    ),
     "from the future": (
         "from __future__ import annotations\ndef f(x: Unknown) -> No: return x",
         ["assert f(3) == 3"],
