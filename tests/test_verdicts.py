@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox nee
 FORMS = {
     "equal": "assert f(5) == 120",
     "swapped": "assert 120 == f(5)",
+    "a reference": "xs = [3, 1]\nassert f(xs) == sorted(xs)",
     "is in": "assert f(5) in (120, 121)",
     "holds": "assert 120 in f(5)",
     "near": "assert abs(f(5) - 3.14) < 1e-6",
@@ -208,6 +209,21 @@ HOSTILE = {
     "answers other nonsense": (
         "import sys\nside = sys._getframe(1).f_globals['side']\n"
         'def f(x): side.answers.write(b\'["gives", ["list", 3], [], []]\\n\')'
+    ),
+    "empties what it is handed, and gives that": (
+        "import sys, json\nside = sys._getframe(1).f_globals['side']\nanswer = side.answer\n"
+        "side.answer = lambda op, a, k: answer(op, a, k) if op != 'call' or type(a[1]) is not list else "
+        "json.dumps(['gives', ['list', []], [], [[1, ['list', []]]]])\ndef f(x): pass"
+    ),
+    "answers with the end of an iterator": (
+        "import sys, json\nside = sys._getframe(1).f_globals['side']\nanswer = side.answer\n"
+        "side.answer = lambda op, *a: answer(op, *a) if op == 'names' else "
+        "json.dumps(['raises', ['StopIteration'], [], '', 0])\ndef f(x): pass"
+    ),
+    "answers with one object": (
+        "import sys, json\nside = sys._getframe(1).f_globals['side']\nanswer = side.answer\n"
+        "side.answer = lambda op, *a: answer(op, *a) if op == 'names' else "
+        "json.dumps(['gives', ['object', 77, ['Point', [], []]], [], []])\ndef f(x): pass\nPoint = f"
     ),
     "answers with a deep list": (
         "import sys\nside = sys._getframe(1).f_globals['side']\n"
