@@ -9,7 +9,9 @@ Tests: python -m pytest tests/test_tasks.py
 
 import functools
 import re
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 from data import from_jsonl, text_of
 
@@ -53,7 +55,7 @@ def code(
     workers=None,
     **_,
 ):
-    """The share of the row's `tests` that the last Python block passes in the sandbox; 0 without a block.
+    """The share of the row's `tests` that the text's program passes in the sandbox; 0 without one.
 
     all_or_nothing: 1 if it passes all, else 0. tests: lists of what sandbox.check takes. A column `names`
     lists what they call that Python has under that name too. None: no tests, a test that is no Python, a
@@ -61,15 +63,27 @@ def code(
     """
     from tasks import sandbox
 
-    blocks = [python_block(text_of(completion)) for completion in completions]
-    asked = [n for n, block in enumerate(blocks) if block and tests[n]]
     jobs = []
-    for n in asked:
-        own_names = names[n] if names else None
-        jobs.append((blocks[n], tests[n], tuple(own_names or ())))
+    asked = []  # the rows with a program and tests
+    for n, completion in enumerate(completions):
+        own_names = tuple(names[n] or ()) if names else ()
+        called = names_called(sandbox, tests[n] or [], own_names)
+        program = python_block(text_of(completion), called)
+        if program and tests[n]:
+            asked.append(n)
+            jobs.append((program, tests[n], own_names))
     verdicts = sandbox.check_all(jobs, workers=workers, seconds=seconds, memory_mb=memory_mb)
     verdict_of = dict(zip(asked, verdicts))
-    return [share_passed(tests[n], verdict_of.get(n), all_or_nothing) for n in range(len(blocks))]
+    return [share_passed(tests[n], verdict_of.get(n), all_or_nothing) for n in range(len(completions))]
+
+
+def names_called(sandbox, tests, own_names: tuple) -> list[str]:
+    """What the statements among the tests ask of a program; [] where one is no Python."""
+    statements = tuple(test for test in tests if isinstance(test, str))
+    try:
+        return sandbox.foreign(statements, own_names)[0]
+    except (SyntaxError, ValueError):
+        return []  # which the sandbox says too, and the score is None
 
 
 def share_passed(tests, verdicts, all_or_nothing: bool) -> float | None:
@@ -80,20 +94,123 @@ def share_passed(tests, verdicts, all_or_nothing: bool) -> float | None:
     return float(share == 1.0) if all_or_nothing else share
 
 
-FENCE = re.compile(r"^```([^\n]{0,99})", re.MULTILINE)
+# ------------------------------------------------------------------------------------- the program in a text
+LANGUAGE = re.compile(r"[{. \t]*(?:python|py)[\d.]*(?![\w.+-])", re.IGNORECASE)
+# What a fence may stand behind: a quote, a list, an indentation.
+BEFORE = re.compile(r"[ \t>]*(?:[-*+]|\d{1,3}[.)])?[ \t]*")
+FENCES = 1000  # lines with a fence, or three such signs, of a text that still counts as an answer
+CODE = re.compile(r"\n[ \t\f\ufeff]*[^\s#]")  # a line that is more than a comment
+SHELL = re.compile(r"\s*(?:>>> |\$ |% )")
+BEGINS = re.compile(r"\n(?:@|(?:async +)?def |class |import \w|from [\w.]+ import )")
 
 
-def python_block(text: str) -> str:
-    """The last closed block between lines that begin with ```, of those marked python, py or not at all."""
-    found = ""
-    opened = None  # the fence that the block began with, where we are in one
-    for fence in FENCE.finditer(text):
-        if opened is None:
-            opened = fence
+def python_block(text: str, names=()) -> str:
+    """The program in a text: the last of its blocks that defines most of `names`, "" if there is no block.
+
+    A block lies between lines of three or more ` or ~, of the same sign and at least as many at its end. The
+    last may lack its end. One that is quoted or indented, as its fence is, is taken out of that. The first
+    word behind the sign is the language: Python, or none, which counts less. Output and examples of use
+    define nothing that the tests call. A text without any fence is a program from its first
+    definition or import on, if it defines one of `names`. Takes linear time.
+    """
+    found = fenced(text)
+    if found is None:
+        return bare(text, names)
+    best, block = None, ""
+    for is_python, inside in found:
+        if not CODE.search("\n" + inside) or SHELL.match(inside):
             continue
-        language = opened.group(1).strip().lower()
-        inside = text[opened.end() + 1 : fence.start() - 1]
-        if inside and language in ("", "python", "py", "python3"):
-            found = inside
-        opened = None
-    return found
+        rank = (defined(inside, names), is_python)
+        if best is None or rank >= best:
+            best, block = rank, inside
+    return textwrap.dedent(block) if block[:1] in (" ", "\t") else block
+
+
+def defined(source: str, names) -> int:
+    """How many of the names a source's lines without indentation define or import."""
+    source = "\n" + source
+    return sum(definition_of(name).search(source) is not None for name in names)
+
+
+@functools.lru_cache(1000)
+def definition_of(name: str) -> re.Pattern:
+    # Each begins with a newline, which is found faster than the beginning of a line.
+    name = re.escape(name)
+    forms = [rf"(?:def|class|async[ \t]+def)[ \t]+{name}\b", rf"{name}[ \t]*(?::[^=\n]*)?=(?!=)"]
+    forms.append(rf"(?:import|from)[ \t][^\n]*\b{name}\b")
+    return re.compile(rf"\n(?:{'|'.join(forms)})")
+
+
+def bare(text: str, names) -> str:
+    """A program without fences."""
+    begin = BEGINS.search("\n" + text) if any(name in text for name in names) else None
+    program = text[begin.start() :].rstrip() if begin else ""
+    return program if defined(program, names) else ""
+
+
+def fenced(text: str) -> list | None:
+    """(whether the language is Python, what is inside) of each block that may be; None: there is no fence."""
+    fences = fences_of(text)
+    if not fences or len(fences) > FENCES:
+        return [] if fences else None
+    blocks = []
+    opened = None
+    for fence in [*fences, None]:
+        if fence and opened and not closes(fence, opened):
+            continue
+        if opened and (LANGUAGE.match(opened.info) or not opened.info):
+            end = fence.start if fence else len(text)
+            inside = taken_out(text[opened.end + 1 : end].removesuffix("\n"), opened.before)
+            blocks.append((bool(opened.info), inside))
+        is_end = opened and fence and not fence.info
+        opened = None if is_end else fence
+    return blocks
+
+
+class Fence(NamedTuple):
+    start: int  # of its line
+    end: int  # of its line
+    before: str  # indentation, quote
+    sign: str  # ``` or more
+    info: str
+
+
+def closes(fence, opened) -> bool:
+    """Whether a fence ends a block. One with a language begins another: a model has forgotten the end."""
+    return fence.sign[0] == opened.sign[0] and len(fence.sign) >= len(opened.sign)
+
+
+def fences_of(text: str) -> list:
+    """The fences, by their lines' order; FENCES + 1 where there are more."""
+    found = []
+    at = 0
+    following = {sign: text.find(sign) for sign in ("```", "~~~")}
+    for _ in range(FENCES + 1):
+        for sign, place in following.items():
+            if -1 < place < at:
+                following[sign] = text.find(sign, at)
+        places = [place for place in following.values() if place >= 0]
+        if not places:
+            return found
+        place = min(places)
+        end = text.find("\n", place)
+        end = end if end >= 0 else len(text)
+        start = text.rfind("\n", max(0, place - 40), place) + 1  # further away it is no fence
+        before = text[max(start, place - 41) : place]
+        sign = text[place:end]
+        info = sign.lstrip(sign[0])
+        if BEFORE.fullmatch(before) and sign[0] not in info and len(info) < 200:
+            found.append(Fence(place - len(before), end, before, sign[: len(sign) - len(info)], info.strip()))
+        at = end
+    return [None] * (FENCES + 1)
+
+
+def taken_out(inside: str, before: str) -> str:
+    """A block without the indentation and the quote that its fence stands behind."""
+    if not before:
+        return inside
+    depth = before.count(">")
+    if depth:
+        inside = re.sub(r"^(?: {0,3}>){0,%d} ?" % depth, "", inside, flags=re.MULTILINE)
+    indent = len(before.rpartition(">")[2]) - bool(depth)  # the quote takes one space
+    return re.sub(r"^[ \t]{1,%d}" % max(1, indent), "", inside, flags=re.MULTILINE) if indent > 0 else inside

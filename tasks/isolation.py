@@ -33,6 +33,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import marshal
 import math
 import os
 import select
@@ -43,6 +44,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 FULL = ("limits", "privileges", "processes", "network", "files", "system calls")
@@ -389,6 +391,13 @@ TRIAL = "import json, math, random\ndef add(a, b):\n    return a + b"
 
 
 @functools.cache
+def judge_code() -> str:
+    """The code of tasks/judging.py, which is compiled here, once, and run in the sandboxed Python alone."""
+    path = str(Path(__file__).with_name("judging.py"))
+    return marshal.dumps(SourceFileLoader("judging", path).get_code("judging")).hex()
+
+
+@functools.cache
 def choose() -> tuple[str, tuple]:
     """(mode, what holds in it): the first in which everything does, else the one in which most does.
 
@@ -417,7 +426,8 @@ def choose() -> tuple[str, tuple]:
 def probed(mode: str) -> tuple:
     """Which of FULL hold in a mode, as PROBE finds out inside it. SandboxError where programs don't run."""
     program = dict(role="program", source=TRIAL)
-    judge = dict(role="judge", tests=["assert add(1, 2) == 3"], names=["add"], modules={})
+    judge = dict(role="judge", judge=judge_code(), names=["add"], modules={})
+    judge["tests"] = ["assert add(1, 2) == 3"]
     said, why = conversation(program, judge, seconds=10, mode=mode)
     if b'"passed"' not in said:
         raise SandboxError(f"a program that is right does not pass in mode {mode} ({why or 'no verdict'})")

@@ -609,24 +609,74 @@ def test_the_problems_of_this_repository_accept_their_solutions_and_reject_the_w
         assert isinstance(verdicts, list) and verdicts.count("passed") < len(tests), source
 
 
+F = "def f(x):\n    return x"
+BLOCKS = [
+    ("```python\nx = 1\n```", "x = 1"),
+    ("```\nx\n```\nor\n```python\ny\nz\n```\ndone", "y\nz"),
+    ("```python\nx\n```\n```bash\nls\n```", "x"),
+    ("```py\nx\n```\n```python\nunclosed", "unclosed"),
+    ("```python\nx\n", "x"),
+    ("x = 1", ""),
+    ("```\n```", ""),
+    ("```" * 9, ""),
+    ("", ""),
+    ("```Python\r\nx\r\n```", "x\r"),
+    # the language
+    ("```python3.11\nx\n```", "x"),
+    ('```python title="x.py"\nx\n```', "x"),
+    ("```{.python .numberLines}\nx\n```", "x"),
+    ("```py3\nx\n```\n```c++\ny\n```\n```cpython\nz\n```", "x"),
+    # the fence
+    ("~~~python\nx\n```\ny\n~~~", "x\n```\ny"),
+    ("````python\nx = '''\n```\n'''\n````", "x = '''\n```\n'''"),
+    ("> So:\n> ```py\n> def f(x):\n>     return x\n> ```", F),
+    ("1. So:\n\n   ```python\n   def f(x):\n       return x\n   ```\nDone", F),
+    ("- ```python\n  def f(x):\n      return x\n  ```", F),
+    ("```python\n    def f(x):\n        return x\n```", F),
+    ("Use ```f``` so:\n```python\nx\n```", "x"),
+    # what comes after the program
+    (f"```python\n{F}\n```\nOutput:\n```\n3\n```", F),
+    (f"```python\n{F}\n```\n```python\n# nothing\n```", F),
+    (f"```python\n{F}\n```\n```python\n>>> f(3)\n3\n```", F),
+    (f"```python\n{F}\n```\n```\n$ python f.py\n```", F),
+]
+ASKED = [  # where the tests call f
+    (f"```python\n{F}\n```\nUse it:\n```python\nprint(f(3))\nassert f(3) == 3\n```", F),
+    (f"```python\n{F}\n```\n```python\nr = f(3)", F),
+    (f"```\n{F}\n```\n```python\nprint(f(1))\n```", F),
+    (f"```python\ndef f(x): pass\n```\nBetter:\n```python\n{F}\n```", F),
+    (f"```python\n{F}\n```python\nf(3)\n```", F),
+    ("```python\nf = lambda x: x\n```\n```python\nf(3)\n```", "f = lambda x: x"),
+    ("```python\nfrom math import f\n```\n```python\nff = 3\n```", "from math import f"),
+    (f"Sure.\n{F}\n", F),
+    ("I would not define f.", ""),
+]
+
+
 @pytest.mark.parametrize(
-    "text, block",
-    [
-        ("```python\nx = 1\n```", "x = 1"),
-        ("```\nx\n```\nor\n```python\ny\nz\n```\ndone", "y\nz"),
-        ("```python\nx\n```\n```bash\nls\n```", "x"),
-        ("```py\nx\n```\n```python\nunclosed", "x"),
-        ("x = 1", ""),
-        ("```python\nx", ""),
-        ("```python x\ny\n```", ""),
-        ("```\n```", ""),
-        ("```" * 9, ""),
-        ("", ""),
-        ("```Python\r\nx\r\n```", "x\r"),
-    ],
+    "text, names, block", [(text, (), b) for text, b in BLOCKS] + [(text, ("f",), b) for text, b in ASKED]
 )
-def test_the_last_closed_python_block_is_taken(text, block):
-    assert python_block(text) == block
+def test_the_program_is_the_last_block_that_defines_what_the_tests_call(text, names, block):
+    """It was the last closed block between ``` alone, marked with one of three words. An output after the
+    program was taken for it, and a quoted, indented, longer or unclosed fence was none."""
+    assert python_block(text, names) == block
+
+
+def test_a_megabyte_of_fences_takes_milliseconds():
+    texts = [
+        "```" * 333_333,
+        "```\n" * 250_000,
+        "a ```\n" * 160_000,
+        "~" * 10**6,
+        "x" * 10**6,
+        "def g\n" * 160_000,
+    ]
+    texts += ["```py\n" + part * (10**6 // len(part)) for part in ("x = 1\n", "\n", "# \n", " ", "import f,")]
+    texts += ["> " * 10 + "```python\n" + ("> " * 10 + "x\n") * 47_000, ("y" * 2000 + "```") * 500]
+    start = time.process_time()
+    for text in texts:
+        python_block(text, ("f",))
+    assert time.process_time() - start < 0.2 * len(texts)
 
 
 def block(source):
@@ -639,7 +689,7 @@ def test_code_is_the_share_of_tests_passed():
     texts = [
         block("def f(x): return 2 * x"),
         block("def f(x): return x + 1"),
-        "def f(x): return 2 * x",
+        "f doubles x: 2 * x",
         block("print('passed')\nexit(0)"),
         block("def f(x"),
         block("def f(x): return 2 * x"),
@@ -648,7 +698,7 @@ def test_code_is_the_share_of_tests_passed():
     assert code(texts, tests=rows, seconds=20) == [1.0, 0.25, 0.0, 0.0, 0.0, None]
     assert code(texts[:3], tests=rows[:3], seconds=20, all_or_nothing=True) == [1.0, 0.0, 0.0]
     got = code(
-        [block("print(input())"), block("def sum(x): return 6")],
+        [block("print(input())"), block("def sum(x): return 6") + block("print(sum(3))")],
         tests=[[dict(input="a", output="a"), dict(input="b", output="bb")], ["assert sum(3) == 6"]],
         names=[None, ["sum"]],
         seconds=20,
@@ -914,16 +964,15 @@ def test_ten_thousand_fuzzed_texts_have_an_answer_and_a_block_or_none():
     """What `math` and `code` read before they ask anybody."""
     rng, start = random.Random(0), time.process_time()
     for text in (fuzz(rng) for _ in range(10_000)):
-        assert len(final_answer(text)) <= 300 and python_block(text) in text
+        assert len(final_answer(text)) <= 300 and all(line in text for line in python_block(text).split("\n"))
     for text in HOSTILE.values():
-        assert len(final_answer(text)) <= 300 and python_block(text) in text
+        assert len(final_answer(text)) <= 300 and all(line in text for line in python_block(text).split("\n"))
     assert time.process_time() - start < 50
 
 
 # ------------------------------------------------------------------------------------- files on their own
-# The sandbox's files go together, and test_style.py copies them out.
-TOGETHER = {"__init__", *"sandbox isolation launcher confine seccomp inside".split()}
-FILES = sorted(path.stem for path in (ROOT / "tasks").glob("*.py") if path.stem not in TOGETHER)
+SANDBOX = "sandbox isolation launcher confine seccomp inside judging".split()  # test_style copies them out
+FILES = sorted({path.stem for path in (ROOT / "tasks").glob("*.py")} - {"__init__", *SANDBOX})
 
 
 @pytest.mark.parametrize("name", FILES)
