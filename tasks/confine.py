@@ -44,6 +44,7 @@ JOIN_SESSION_KEYRING = 1
 CAPABILITIES = 64  # numbers to try; a kernel has 41
 INSIDE_USER = 60001  # who a program is in a user namespace
 HIGHEST_FD = 1024  # none of the launcher's is as high
+FDS = 4  # descriptors of every job: its channel, its file, stdin and stdout
 
 
 def checked(what: str, result: int) -> int:
@@ -206,7 +207,11 @@ def shut_in(settings: dict, job: dict, channel, fds: list[int]):
         # What it starts would outlive it. And of an ordinary user all processes count.
         limits = limits | dict(NPROC=1)
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+        kind = getattr(resource, "RLIMIT_" + name)
+        already = resource.getrlimit(kind)[1]
+        if already != resource.RLIM_INFINITY:
+            value = min(value, already)
+        resource.setrlimit(kind, (value, value))
     drop_privileges(job["user"])
     new_keyring()
     if settings["landlock"]:

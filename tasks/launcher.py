@@ -159,6 +159,10 @@ def serve(control, settings: dict):
                 message, fds, _, _ = socket.recv_fds(control, 4096, 16)
                 if not message:
                     return close(jobs)
+                if len(fds) < confine.FDS:  # more at once than there is room for: whoever asked sees it close
+                    for left in fds:
+                        os.close(left)
+                    continue
                 user = user + 1 if user < settings["users"][1] else settings["users"][0]
                 job = begin(settings, dict(json.loads(message), user=user), fds)
                 if job is None:

@@ -447,6 +447,28 @@ def test_what_holds_is_shown_when_a_run_starts():
     assert all((f"NOT {name}" in said) != (name in isolation()) for name in FULL)
 
 
+def test_more_programs_than_the_launcher_has_descriptors_for_are_an_error_and_not_its_end(use):
+    use("landlock", "seccomp")  # a launcher that starts here
+    launcher = apart.launcher_of(apart.choose()[0])
+    (own,) = [pid for pid, parent in launched().items() if parent == str(launcher.process.pid)]
+    resource.prlimit(int(own), resource.RLIMIT_NOFILE, (14, 200))
+    slow = ("import time\ntime.sleep(60)", [dict(input="", output="")])
+    got = check_all([slow] * 12, workers=12, seconds=0.3)
+    assert {str(type(one)) for one in got} == {str(list), str(SandboxError)}
+    assert launcher.process.poll() is None and check(GOOD, [TEST]) == ["passed"]
+
+
+def test_a_machine_with_lower_limits_of_its_own_keeps_them():
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+source = 'import resource\\ndef f(): return resource.getrlimit(resource.RLIMIT_FSIZE)'
+print(sandbox.check(source, ['assert f() == ({2**20}, {2**20})']))
+"""
+    assert as_other_user(code) == "['passed']\n"
+
+
 def test_users_of_programs_differ():
     if os.geteuid() != 0:
         pytest.skip("only root makes programs other users")
@@ -580,6 +602,9 @@ def test_where_the_kernel_has_nothing_root_still_keeps_verdicts_by_another_user(
     # There what a program starts would outlive it.
     code = f"print(sandbox.check({fork!r}, ['assert f() == \\'refused\\'']))"
     assert as_other_user(code, refuse=f"{UNSHARE}, {LANDLOCK}, seccomp", user=None) == "['passed']\n"
+    # What Docker refuses to root by default.
+    said = as_other_user(ASK, refuse=f"{UNSHARE}, keyctl 250 219, mount 165 40, setns 308 268", user=None)
+    assert said == "plain, " + ", ".join(FULL) + "\n"
     said = as_other_user(ASK, refuse="seccomp", user=None)
     assert said == "root, limits, privileges, processes, network, files\n"
 
