@@ -332,10 +332,18 @@ def conversation(program: dict, judge: dict, *, seconds, memory_mb=512, mode=Non
             pipes.callback(os.close, fd)
         deadline = time.monotonic() + PATIENCE * seconds
         stack.enter_context(started(program, fds=(program_reads, program_writes), **limits))
+        judge = judge | dict(judge=judge_code())
         judging = started(judge, fds=(judge_reads, judge_writes), stdout=subprocess.PIPE, **limits)
         judge = stack.enter_context(judging)
         pipes.close()  # with ours open nobody would see the other end close
         return drained(judge, deadline)
+
+
+@functools.cache
+def judge_code() -> str:
+    """The code of tasks/judging.py, which is compiled here, once, and run in the sandboxed Python alone."""
+    path = str(Path(__file__).with_name("judging.py"))
+    return marshal.dumps(SourceFileLoader("judging", path).get_code("judging")).hex()
 
 
 # -------------------------------------------------------------------------------------------- isolation
@@ -391,13 +399,6 @@ TRIAL = "import json, math, random\ndef add(a, b):\n    return a + b"
 
 
 @functools.cache
-def judge_code() -> str:
-    """The code of tasks/judging.py, which is compiled here, once, and run in the sandboxed Python alone."""
-    path = str(Path(__file__).with_name("judging.py"))
-    return marshal.dumps(SourceFileLoader("judging", path).get_code("judging")).hex()
-
-
-@functools.cache
 def choose() -> tuple[str, tuple]:
     """(mode, what holds in it): the first in which everything does, else the one in which most does.
 
@@ -426,8 +427,7 @@ def choose() -> tuple[str, tuple]:
 def probed(mode: str) -> tuple:
     """Which of FULL hold in a mode, as PROBE finds out inside it. SandboxError where programs don't run."""
     program = dict(role="program", source=TRIAL)
-    judge = dict(role="judge", judge=judge_code(), names=["add"], modules={})
-    judge["tests"] = ["assert add(1, 2) == 3"]
+    judge = dict(role="judge", tests=["assert add(1, 2) == 3"], names=["add"], modules={})
     said, why = conversation(program, judge, seconds=10, mode=mode)
     if b'"passed"' not in said:
         raise SandboxError(f"a program that is right does not pass in mode {mode} ({why or 'no verdict'})")

@@ -46,7 +46,8 @@ del sys.path[-1]
 LOOK = 0.1  # seconds between looks at a scratch folder's size, where there are no namespaces
 DEEPEST = 50  # folders within folders of it
 # What many programs import, which a fork need not read again.
-IMPORTED = "bisect collections datetime functools heapq itertools math re string typing".split()
+IMPORTED = "ast bisect collections dataclasses datetime decimal fractions functools heapq itertools".split()
+IMPORTED += "math re string typing".split()
 
 
 # ------------------------------------------------------------------------------------------ the launcher

@@ -63,7 +63,6 @@ from tasks.isolation import (
     demand,
     drained,
     isolation,
-    judge_code,
     started,
     way,
 )
@@ -103,7 +102,7 @@ def check(source: str, tests: list, names=(), *, seconds: float = 4.0, memory_mb
 def check_statements(source, tests, seconds, memory_mb, names) -> list[str]:
     asked, modules = foreign(tuple(tests), tuple(names))
     program = dict(role="program", source=source)
-    judge = dict(role="judge", judge=judge_code(), tests=tests, names=asked, modules=modules)
+    judge = dict(role="judge", tests=tests, names=asked, modules=modules)
     said, why = conversation(program, judge, seconds=seconds, memory_mb=memory_mb)
     verdicts = dict(json.loads(line) for line in said.split(b"\n") if line.endswith(b"]"))
     return [verdicts.get(n, why or "the program has ended") for n in range(len(tests))]
