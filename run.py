@@ -112,7 +112,10 @@ class Run:
         if not self.cfg.resume:
             return None, None, None, []
         before = rundir.read(self.out)
-        changed = rundir.check_resumable(before.get("config", {}), self.keys, self.out)
+        keys = before.get("config", {})
+        if keys:  # a run of an older version has fewer keys, and meant what is the default of the others
+            keys = rundir.plain(dataclasses.asdict(configs.Config())) | keys
+        changed = rundir.check_resumable(keys, self.keys, self.out)
         found = checkpoint.newest(self.out, before.get("run"))
         if found is None:
             if checkpoint.count(self.out):

@@ -297,3 +297,16 @@ def test_what_a_kill_in_the_last_save_left_goes_when_the_run_is_resumed(tmp_path
     (tmp_path / "run/ckpt/step_000002").rename(tmp_path / "run/ckpt/.old-step_000002")
     assert train.main(again(cfg, resume=True)) == 0
     assert steps_of(cfg.out_dir) == ["step_000002"]
+
+
+def test_a_run_of_an_older_version_had_the_defaults_of_keys_that_came_later(tmp_path):
+    """It could be resumed with another value of such a key, --base=nf4 for one, and nothing was said."""
+    cfg = settings(tmp_path, steps=1, save_every=1, lora_rank=2)
+    train.main(cfg)
+    path = Path(cfg.out_dir) / "config.json"
+    about = json.loads(path.read_text())
+    del about["config"]["base"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="base 'dense'; this run has base 'nf4'"):
+        train.main(again(cfg, steps=2, resume=True, base="nf4"))
+    assert train.main(again(cfg, steps=2, resume=True)) == 0
