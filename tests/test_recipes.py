@@ -261,7 +261,7 @@ def test_arithmetic_runs(tmp_path, command):
     flags = [*shlex.split(command)[2:], *small, f"--out_dir={tmp_path}"]
     assert train.main(configs.load(flags)) == 0
     told = rows(tmp_path / "metrics.jsonl")[-1]
-    columns = re.findall(r"^\| [\w%\\|]+ \| `([\w/]+)` \|", PAGE, re.M)
+    columns = [key for _, cell, *_ in table(3) for key in re.findall(r"^`([a-z_/]+)`$", cell)]
     assert len(columns) == 8 and set(columns) <= told.keys()
 
 
@@ -333,7 +333,7 @@ def test_a_judge_grades_every_answer(tmp_path, monkeypatch, judge_at):
     here = FILES["my_judge"].replace("http://localhost:8000/v1", judge_at)
     monkeypatch.setitem(FILES, "my_judge", here)
     told, drawn = trained(tmp_path, "my_judge", questions(tmp_path))
-    # A token that breaks up in the judge's question is none of this alphabet's likely ones.
+    # The judge sees a space more where a completion holds a chat template's token: next to never here.
     for m, batch in zip(told, drawn):
         wanted = [grade(r["completion"]) / 10 for r in batch]
         assert m["rewards/judge/mean"] == pytest.approx(mean(wanted), abs=0.02)
@@ -343,7 +343,7 @@ def test_a_judge_grades_every_answer(tmp_path, monkeypatch, judge_at):
 
 # ----------------------------------------------------------------------------------------- 7. coming from TRL
 def table(recipe: int) -> list[list[str]]:
-    """The cells of the rows of a recipe's table of names: theirs, ours, a note."""
+    """The cells of a recipe's tables; of names that is theirs, ours, a note."""
     part = PAGE.split(f"## {recipe}. ")[-1].partition("\n## ")[0]
     lines = [line for line in part.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
@@ -425,7 +425,7 @@ def test_four_updates_from_a_batch_are_clipped_and_one_is_not(tmp_path):
     assert max(m["clip_ratio/region_mean"] for m in several) > 0
     command = next(c for c in TRAINING if "like_ppo" in c and "reinforce" in c)
     one, _ = trained(tmp_path, "like_ppo", more + "out_dir = 'one'\n", *shlex.split(command)[3:])
-    assert all(m["clip_ratio/region_mean"] == 0 and "kl" not in m for m in one)
+    assert all("kl" not in m and not m.get("clip_ratio/region_mean") for m in one)
 
 
 def test_no_recipe_is_left_out():
