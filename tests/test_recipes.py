@@ -261,7 +261,8 @@ def test_arithmetic_runs(tmp_path, command):
     flags = [*shlex.split(command)[2:], *small, f"--out_dir={tmp_path}"]
     assert train.main(configs.load(flags)) == 0
     told = rows(tmp_path / "metrics.jsonl")[-1]
-    columns = [key for _, cell, *_ in table(3) for key in re.findall(r"^`([a-z_/]+)`$", cell)]
+    listed = PAGE.split("| column | in metrics.jsonl |")[1].partition("\n\n")[0]
+    columns = re.findall(r"^\| .*? \| `([a-z_/]+)` \|", listed, re.M)
     assert len(columns) == 8 and set(columns) <= told.keys()
 
 
@@ -343,7 +344,7 @@ def test_a_judge_grades_every_answer(tmp_path, monkeypatch, judge_at):
 
 # ----------------------------------------------------------------------------------------- 7. coming from TRL
 def table(recipe: int) -> list[list[str]]:
-    """The cells of a recipe's tables; of names that is theirs, ours, a note."""
+    """The cells of a recipe's table of names: theirs, ours, a note."""
     part = PAGE.split(f"## {recipe}. ")[-1].partition("\n## ")[0]
     lines = [line for line in part.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
