@@ -6,7 +6,6 @@ Run: python -m pytest -m "slow or not slow" tests/test_recipes.py
 
 import ast
 import dataclasses
-import functools
 import http.server
 import json
 import re
@@ -97,7 +96,9 @@ def test_the_page_has_its_recipes_and_each_has_a_command():
         link = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         assert f"-{link})" in PAGE, title
     for command in COMMANDS:
-        assert command.startswith(("python train.py", "python eval.py", "python make_reviews.py", "vllm serve"))
+        assert command.startswith(
+            ("python train.py", "python eval.py", "python make_reviews.py", "vllm serve")
+        )
 
 
 def test_every_command_of_the_page_loads(tmp_path):
@@ -196,7 +197,7 @@ def test_the_look_before_a_run(tmp_path, monkeypatch, capsys, name):
     assert "a first training batch" in out and "what the rewards pay" in out and "accuracy" in out
 
 
-# -------------------------------------------------------------------------------- 2. a form that is not hacked
+# ------------------------------------------------------------------------------- 2. a form that is not hacked
 def said_by_lint(cfg, task_rows):
     """The lint of a config's rewards over rows, with the tokenizer of a model that starts from nothing."""
     _, tokenizer, _, _ = load_policy("", scratch=SHAPE, alphabet=ALPHABET, seed=0)
@@ -420,7 +421,9 @@ def test_a_reward_of_trls_moves_over_unchanged(tmp_path):
 # ----------------------------------------------------------------------------------------- 8. coming from PPO
 @pytest.mark.slow
 def test_four_updates_from_a_batch_are_clipped_and_one_is_not(tmp_path):
-    more = questions(tmp_path, 40) + "rewards = [(lambda completions, **_: [len(c) for c in completions], 1)]\n"
+    more = (
+        questions(tmp_path, 40) + "rewards = [(lambda completions, **_: [len(c) for c in completions], 1)]\n"
+    )
     several, _ = trained(tmp_path, "like_ppo", more)
     assert all("kl" in m for m in several) and several[-1]["kl"] > 0
     assert max(m["clip_ratio/region_mean"] for m in several) > 0
