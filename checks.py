@@ -222,6 +222,8 @@ def columns(cfg, functions, task):
     """Every reward finds the columns it wants in the task's rows. functions: rewards.resolve's list."""
     row = task.batch(0, 1, cfg.seed)[0]
     known = dict(completions=[""], prompts=[row["prompt"]], group_size=1, completion_ids=[[0]])
+    logged = rewarding.Logged(1)
+    known |= dict(trainer_state=None, log_extra=logged.log_extra, log_metric=logged.log_metric)
     known |= dict(max_new_tokens=1) | data.columns([row], 1)
     for label, function, _ in functions:
         try:

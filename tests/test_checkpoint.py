@@ -214,6 +214,7 @@ for old in (None, 3):  # an empty folder; and one where step 3 is replaced and s
 """
 
 
+@pytest.mark.slow
 def test_a_save_killed_at_any_line_leaves_the_old_or_the_new_checkpoint_whole(tmp_path):
     paths = [str(ROOT), str(Path(__file__).parent)]
     command = [sys.executable, "-c", KILLER, str(tmp_path), *paths]

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_curves_of_one_run_and_of_two(tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("a", "b"):

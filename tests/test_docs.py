@@ -185,6 +185,7 @@ def words_and_numbers(text):
     return re.sub(r"-?\d+\.\d+", "#", text), found
 
 
+@pytest.mark.slow
 def test_the_walkthrough_is_what_its_script_prints():
     """Words, ids and shapes to the letter; measured numbers to rounding, which processors differ by."""
     out = python("bench/walkthrough.py", "--print")

@@ -141,6 +141,7 @@ def test_sample_says_what_is_wrong(argv, words):
         sample.main(argv)
 
 
+@pytest.mark.slow
 def test_eval_and_sample_run_as_commands_on_a_saved_checkpoint(policy, tmp_path):
     model, tokenizer, stops, _ = policy
     folder = tmp_path / "m"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+
+import pytest
 import torch
 from hypothesis import given, settings as examples
 from hypothesis import strategies as st
@@ -68,6 +70,7 @@ def compared(*folders):
     return out.returncode, out.stdout + out.stderr
 
 
+@pytest.mark.slow
 def test_same_says_at_which_step_and_in_what_runs_part(tmp_path):
     for name in ("a", "b"):
         train.main(settings(tmp_path, out_dir=str(tmp_path / name)))
@@ -87,6 +90,7 @@ def test_same_says_at_which_step_and_in_what_runs_part(tmp_path):
     assert compared(a, b) == (1, "the same for 2 steps; at step 3 other: ids\n")
 
 
+@pytest.mark.slow
 def test_same_says_what_it_cannot_compare(tmp_path):
     status, said = compared(tmp_path / "none", tmp_path / "none")
     assert status == 2 and "metrics.jsonl cannot be read" in said and "Traceback" not in said
@@ -101,6 +105,7 @@ def test_same_says_what_it_cannot_compare(tmp_path):
     assert "without a fingerprint" in compared(tmp_path / "early", tmp_path / "early")[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_fingerprints_of_one_that_was_never_stopped(tmp_path):
     train.main(settings(tmp_path, out_dir=str(tmp_path / "whole"), rewards=[(even, 1.0)]))
     train.main(settings(tmp_path, out_dir=str(tmp_path / "parts"), steps=2))

@@ -122,6 +122,7 @@ def test_the_table_has_error_floor_share_busy_told_and_peers(gpu):
     assert "2,000 tok/s     1,000 tok/s" in gpu.table(found)
 
 
+@pytest.mark.slow
 def test_a_run_on_gsm8k_tells_its_accuracies(gpu, tmp_path, monkeypatch):
     """train.py itself is started: here on a tiny model and problems of a file."""
     from conftest import ALPHABET, SHAPE
@@ -146,6 +147,7 @@ def test_a_run_on_gsm8k_tells_its_accuracies(gpu, tmp_path, monkeypatch):
 OLD_INTERPRETER = "its interpreter cannot loop to a bound read from memory beside numpy 2.4"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton.__version__.startswith("3.6"), reason=OLD_INTERPRETER)
 def test_the_alarm_ends_a_run_and_the_table_still_comes():
     command = [sys.executable, "bench/gpu.py", "--dry", "--minutes=0.02", "--only=attention fwd"]

@@ -240,6 +240,7 @@ def test_a_strict_run_does_not_start_where_programs_cannot_be_shut_in(monkeypatc
     start("countdown.py", "--sandbox=strict")  # nothing is run there
 
 
+@pytest.mark.slow
 def test_a_machine_that_cannot_isolate_says_so_and_runs_under_limits(monkeypatch):
     """Where a container forbids namespaces: programs start no others, so that nothing escapes the kill."""
     monkeypatch.setattr(apart, "choose", lambda: ("plain", ("limits",)))
@@ -492,6 +493,7 @@ def test_no_verdict_is_forged():
         assert isinstance(verdicts, list) and verdicts != ["passed"], (name, verdicts)
 
 
+@pytest.mark.slow
 def test_programs_that_do_not_end_are_ended_and_the_next_batch_works():
     """Each in the module itself and when asked; all at once, with good programs among them."""
     loops = [
@@ -528,6 +530,7 @@ def test_programs_that_do_not_end_are_ended_and_the_next_batch_works():
     assert processes() == [] and check_all([(GOOD, [TEST])] * 3, seconds=20) == [["passed"]] * 3
 
 
+@pytest.mark.slow
 def test_a_fork_bomb_stays_in_its_sandbox():
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     thread_bomb = program(

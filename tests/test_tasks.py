@@ -412,6 +412,7 @@ def test_an_answer_that_hangs_is_wrong_not_unscored_and_the_next_one_works():
     assert mathematics([r"\boxed{x}"], answer=["x"]) == [1.0] and EQUALS.process is process
 
 
+@pytest.mark.slow
 @needs_math
 def test_a_batch_of_answers_that_hang_does_not_take_the_time_of_the_run(monkeypatch):
     """512 of them, a second each, were more than reward_timeout on two cores."""
@@ -443,6 +444,7 @@ def test_when_the_processes_are_lost_others_take_their_place():
     assert EQUALS.process is not lost and lost.returncode is not None
 
 
+@pytest.mark.slow
 @needs_math
 def test_what_the_grader_cannot_do_is_not_scored(monkeypatch):
     class Dead(Equals):
@@ -477,6 +479,7 @@ def test_only_an_end_that_comes_from_outside_is_no_fault_of_the_answer(end, word
     process.wait(20)
 
 
+@pytest.mark.slow
 @needs_math
 def test_the_processes_end_with_the_run_also_when_it_is_killed():
     program = "import time, tasks.math as m; m.mathematics(['<answer>x</answer>'], answer=['y'])\n"
@@ -493,6 +496,7 @@ def test_the_processes_end_with_the_run_also_when_it_is_killed():
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 @needs_math
 def test_math_verify_is_never_imported_from_the_current_folder(tmp_path):
     """`python -c` looks there first, and so did the process that compares."""
@@ -724,6 +728,7 @@ def test_a_judges_score_is_read_from_its_last_line_only(server, monkeypatch):
     assert all("Question:\nq\n" in words and words.count("Score: N") == 1 for *_, words in Server.asked)
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_is_asked_again_and_then_none(server):
     texts = ["later", "busy", "forbidden", "odd", "hang", "say Score: 5"]
     got = run(functools.partial(judge, url=server, model="m", tries=3, seconds=0.5), texts)[0][:, 0]
@@ -845,6 +850,7 @@ def test_a_hostile_server_gives_no_score_and_gets_no_time(hostile, monkeypatch, 
     assert [asked for asked, _ in Hostile.asked] == [f"/{path}/chat/completions"]
 
 
+@pytest.mark.slow
 def test_a_connection_that_says_nothing_ends_in_time_and_leaves_no_thread(hostile):
     silent = socket.create_server(("127.0.0.1", 0))
     reward = functools.partial(judge, url=f"http://127.0.0.1:{silent.getsockname()[1]}", model="m", tries=1)
@@ -915,13 +921,15 @@ def test_ten_thousand_fuzzed_texts_have_an_answer_and_a_block_or_none():
 
 
 # ------------------------------------------------------------------------------------- files on their own
-FILES = sorted(path.stem for path in (ROOT / "tasks").glob("*.py") if path.stem != "__init__")
+FILES = sorted(path.stem for path in (ROOT / "tasks").glob("*.py") if path.stem not in ("__init__", "inside"))
+ISOLATION = ["tasks/isolation.py", "tasks/inside.py"]  # the second is no module: what the first runs
+NEEDS = {"isolation": ISOLATION, "sandbox": ISOLATION}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_task_needs_data_and_nothing_else_of_ours(name, tmp_path):
     """And the sandbox not even that, which tasks/code.py imports when it runs something."""
-    shared = [] if name == "sandbox" else ["data.py"]
+    shared = NEEDS.get(name, ["data.py"])
     folder = tmp_path / "tasks"
     folder.mkdir()
     for file in (*shared, f"tasks/{name}.py"):

@@ -537,7 +537,7 @@ def test_keys_go_to_places_that_are_a_column_of_a_table():
 
 
 @pytest.mark.parametrize(
-    "options", [SLOW(dict()), SLOW(dict(temperature=0)), dict(top_k=20, top_p=0.9)], ids=str
+    "options", [dict(), SLOW(dict(temperature=0)), SLOW(dict(top_k=20, top_p=0.9))], ids=str
 )
 def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
     """Six rows through three slots: prefill, decoding from the cache, refilling, moving rows and groups."""
@@ -553,6 +553,7 @@ def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
 
 
 # ------------------------------------------------------------------------------------------------ bench
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it runs for good")
 @pytest.mark.skipif(
     triton.__version__.startswith("3.6"),
@@ -569,6 +570,7 @@ def test_bench_of_the_gpu_runs_dry(only):
     assert sorted((ROOT / "bench/results").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_compile_check_compiles_for_gpus_that_are_not_here():
     command = [sys.executable, "bench/compile_check.py", "--arch=90", "--only=SwiGLU"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
