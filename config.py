@@ -101,6 +101,7 @@ class Config:
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
     shard_optimizer: bool = False  # several processes share moments and masters (ZeRO-1): the same bits
+    shard: bool = False  # several processes share weights, gradients and optimiser (FSDP2)
     max_grad_norm: float = 1.0
     # -- LoRA
     lora_rank: int = 32  # 0: full fine-tuning
@@ -406,7 +407,7 @@ def check_values(c: Config) -> Config:
         check_range(key, getattr(c, key), interval)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", c.device):
         raise ValueError(f"device = {c.device!r:.80} is not one of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    for refuse in (refuse_batch, refuse_reference, refuse_merging):
+    for refuse in (refuse_batch, refuse_reference, refuse_merging, refuse_sharing):
         refuse(c)
     return c
 
@@ -469,6 +470,16 @@ def refuse_merging(c: Config):
         raise ValueError(
             "lora_merge = 'on' has one input for base and adapter, so it cannot have lora_dropout: "
             "set that to 0, or lora_merge to 'off'"
+        )
+
+
+def refuse_sharing(c: Config):
+    if c.shard and c.shard_optimizer:
+        raise ValueError("shard = True shares the optimiser too: leave shard_optimizer out")
+    if c.shard and c.lora_merge == "on":
+        raise ValueError(
+            "lora_merge = 'on' keeps a whole copy of the weights, which shard = True spreads over processes: "
+            "set one of them to off"
         )
 
 

@@ -166,6 +166,8 @@ class Transformer(nn.Module):
     # products of SwiGLU: 0.69 MB a token for 1.06 in 1.02 of the time (Qwen2.5-0.5B, LoRA, H200). "layers":
     # only the input of each layer, 1/L of it all, for one forward more of time.
     checkpointing = "none"
+    # Where weights are kept in more bits than they compute in (shard.py); None: they are as they compute.
+    computes_in = None
 
     def __init__(self, config: dict):
         """config: the dict of a config.json (kept, and written back by `save`). Weights are left unset."""
@@ -193,7 +195,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        return self.embed.dtype
+        return self.computes_in or self.embed.dtype
 
     def forward(self, ids, positions, plan):
         """Hidden states (T, D) after the final norm.
@@ -251,7 +253,7 @@ class Transformer(nn.Module):
             kept = s.L * (2 * s.D + rotated + s.K * s.E + attended + 2 * s.intermediate) + everything
         if self.checkpointing == "layers":
             kept = s.L * s.D + everything
-        return kept * self.embed.itemsize
+        return kept * self.dtype.itemsize
 
     def logits(self, ids):
         """Next-token logits (T, V) fp32 of one sequence ids (T,)."""
