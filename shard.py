@@ -111,7 +111,10 @@ def rounds(batches, model, nothing) -> Iterator:
 def learn_nothing(model):
     """A forward and backward that other ranks need of us: gradients of exactly 0 for all that is trained."""
     hidden, _ = model.completion_hidden(*NOTHING)
-    (0.0 * (hidden.sum() + F.linear(hidden, model.head).sum())).backward()
+    loss = 0.0 * (hidden.sum() + F.linear(hidden, model.head).sum())
+    with agreed(model):
+        pass  # whether the others' losses are finite
+    loss.backward()
 
 
 # Prompts and completions of an empty micro-batch: one token that predicts another.

@@ -440,8 +440,6 @@ def join_in(run, step, prompts, completions):
     with step.timer("train"):
         look_up_reference(run, step, prompts, completions)
         run.model.train()
-        with shard.agreed(run.model):
-            pass
         shard.learn_nothing(run.model)
 
 
