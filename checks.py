@@ -201,6 +201,9 @@ def memory(cfg):
     trained = adapter_parameters(shape, cfg) if cfg.lora_rank else weights
     # fp32 masters where the weights are not fp32, two moments and a gradient.
     need = weights * width + trained * (16 if width == 2 else 12)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.shard and processes > 1:  # whole are only the weights of the sampler
+        need = weights * width + (weights * width + trained * (16 if width == 2 else 12)) / processes
     if need > room:
         raise ValueError(
             f"a model of {weights / 1e9:.2f} billion weights, with {trained / 1e9:.2f} billion to train, "

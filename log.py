@@ -24,6 +24,7 @@ import config as configs
 import data
 import rewards as rewarding
 import rollout
+import shard
 from evaluation import summary
 from ranks import rank, say, world
 
@@ -354,7 +355,7 @@ def header(run):
 def what_is_trained(run) -> str:
     cfg, model = run.cfg, run.model
     total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in run.optimizer.params)
+    trained = run.optimizer.trained()
     how = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else "full"
     device = f"CPU, {torch.get_num_threads()} threads"
     if run.device.startswith("cuda"):
@@ -376,18 +377,21 @@ def what_is_isolated(mode: str) -> str:
 
 def memory_plan(run, prompt_tokens: int) -> str:
     cfg, model = run.cfg, run.model
-    trained = sum(p.numel() for p in run.optimizer.params)
+    trained = sum(p.numel() for p in run.optimizer.params)  # by this process, if it has a part
     slots = min(cfg.slots or 256, cfg.prompts_per_step // world() * cfg.group_size)
     cache = rollout.cache_bytes(
         model.shape,
-        model.embed.itemsize,
+        model.dtype.itemsize,
         groups=rollout.group_places(slots, cfg.group_size, cfg.prompts_per_step),
         slots=slots,
         prompt_tokens=prompt_tokens,
         new_tokens=cfg.max_new_tokens,
     )
-    weights = sum(p.nbytes for p in model.parameters())
-    state = sum(t.nbytes for t in run.optimizer.state().values()) + 4 * trained
+    weights = sum(shard.ours(p).nbytes for p in model.parameters())
+    held = run.optimizer.state()
+    if run.optimizer.summed:  # the weights are the masters
+        held = {name: t for name, t in held.items() if not name.startswith("master.")}
+    state = sum(shard.ours(t).nbytes for t in held.values()) + 4 * trained
     reference = "none"
     if cfg.beta:
         reference = "adapters off" if run.reference is None else "a copy"

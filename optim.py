@@ -115,6 +115,10 @@ class AdamW:
             moments = {moment: torch.zeros_like(t) for moment in MOMENTS}
             self.adamw.state[t] = {"step": counter, **moments}
 
+    def trained(self) -> int:
+        """How many numbers are trained, over all ranks."""
+        return sum(param.numel() for param in self.params)
+
     def masters(self) -> list[tuple[int, Tensor]]:
         """(number of the parameter, what is updated of it): of ours, where ranks share them."""
         return [(i, t) for i, (t, mine) in enumerate(zip(self.fp32, self.mine)) if mine]

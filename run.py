@@ -43,7 +43,8 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out_dir)
         device, self.dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
         self.kernels = kernels.use(cfg.kernels)
-        self.device = ranks.start(device)
+        with progress.doing("waiting for the other processes"):
+            self.device = ranks.start(device)
         refuse_uneven_ranks(cfg)
         self.rewards = rewarding.resolve(cfg.rewards)
         rewarding.check_sandbox(self.rewards, cfg.sandbox)

@@ -1,4 +1,4 @@
-"""One model over several processes: each holds a part of every weight, gradient and moment (config key `shard`).
+"""One model over several processes: each has a part of every weight, gradient and moment (key `shard`).
 
     copy = shard.hollow(model, dtype)                   # a plain model without weights
     shard.spread(model, dtype=dtype, device="cpu")      # in place; every rank must call all of these
@@ -12,8 +12,8 @@ dtype: weight, gradient and moments are 16 bytes a parameter, divided by the ran
 
 Three things follow. Ranks go in step: one that has fewer micro-batches makes empty ones (`rounds`). Sampling
 would gather every layer for every token, so it has all weights, once a step, in a plain model that is hollow
-in between. And a checkpoint is whole, in names and numbers that of a run that is not sharded, so a run goes on
-with any number of processes. LoRA's adapters are small, and every rank has them whole, as without `shard`.
+in between. And a checkpoint is whole, with the names and numbers of a run that is not sharded, so that a run
+goes on with any number of processes. LoRA's adapters are small: every rank has them whole, as without `shard`.
 """
 
 import copy as copying
@@ -72,6 +72,7 @@ def spread(model, *, dtype, device: str):
 
 
 def units(model) -> tuple:
+    """What is gathered at once. The root is last, and has what no layer has."""
     return (*model.blocks, model)
 
 
@@ -86,6 +87,7 @@ def add_gradients(model, divisor: float):
 
 
 def is_spread(model) -> bool:
+    """Whether it has gone through `spread`."""
     return hasattr(model, "unshard")
 
 
@@ -156,7 +158,7 @@ def in_step(model):
 # ------------------------------------------------------------------------------------------ whole weights
 def whole(tensor) -> Tensor:
     """All rows of a spread tensor, on every rank; any other as it is. RankLost where a rank is gone."""
-    if not hasattr(tensor, "full_tensor"):
+    if not is_part(tensor):
         return tensor
     return ranks.collective(tensor.full_tensor)
 
@@ -191,16 +193,24 @@ def fill(copy, model, for_save: bool = False):
 
 @torch.no_grad()
 def empty(copy, model):
+    """Drops the weights that `fill` put in."""
     for name, param in model.named_parameters():
         if is_part(param):
             put(copy, name, copy.get_parameter(name).to("meta"))
 
 
-def is_part(param) -> bool:
-    return hasattr(param, "full_tensor")
+def is_part(tensor) -> bool:
+    """Whether this process holds some rows of the tensor, and others the rest: a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def ours(tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_part(tensor) else tensor
 
 
 def put(copy, name: str, weight):
+    """Puts a tensor in the place of the parameter of this name."""
     parent, _, child = name.rpartition(".")
     setattr(copy.get_submodule(parent), child, nn.Parameter(weight, requires_grad=False))
 
@@ -258,6 +268,9 @@ class AdamW(optim.AdamW):
         parts = [(name, nn.Parameter(param.detach().to_local())) for name, param in self.spread]
         super().__init__(parts, **options)
 
+    def trained(self) -> int:
+        return sum(param.numel() for _, param in self.spread)
+
     def grads(self) -> Iterator[Tensor]:
         for (_, param), part in zip(self.spread, self.params):
             if param.grad is not None:
@@ -304,10 +317,10 @@ class AdamW(optim.AdamW):
         optim.refuse_other_state(state, self.whole_state())
         for (name, _), part in zip(self.spread, self.params):
             for moment in optim.MOMENTS:
-                self.adamw.state[part][moment].copy_(rows_of_ours(state[f"{moment}.{name}"], part))
+                self.adamw.state[part][moment].copy_(rows_of_ours(state[f"{moment}.{name}"]))
             self.adamw.state[part]["step"].copy_(state["step"])
             if self.dtype.itemsize < 4:
-                part.copy_(rows_of_ours(state[f"master.{name}"], part))
+                part.copy_(rows_of_ours(state[f"master.{name}"]))
         self.updates.copy_(state["step"])
 
 
@@ -321,8 +334,8 @@ def spread_like(param, part: Tensor):
     )  # fmt: skip
 
 
-def rows_of_ours(tensor: Tensor, part: Tensor) -> Tensor:
-    """This rank's rows of a whole tensor, which FSDP cuts as torch.chunk does: of a short one, perhaps none."""
+def rows_of_ours(tensor: Tensor) -> Tensor:
+    """This rank's rows of a whole tensor, perhaps none of a short one: FSDP cuts as torch.chunk does."""
     pieces = tensor.chunk(ranks.world())
     if ranks.rank() < len(pieces):
         return pieces[ranks.rank()]

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "shape": set(),
     "cache": set(),
     "rundir": {"checkpoint"},
+    "shard": {"lora", "optim", "ranks"},
     "fingerprint": set(),
     "progress": set(),
     "usage": set(),
@@ -41,10 +42,10 @@ MAY_IMPORT = {
     "evaluation": {"data", "rewards"},
     "checks": {"config", "data", "policy", "progress", "rewards", "shape", "usage"},
     "warmup": {"data", "model", "optim", "progress"},
-    "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout"},
+    "log": {"checkpoint", "config", "data", "evaluation", "ranks", "rewards", "rollout", "shard"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"checks", "fingerprint", "progress", "rollout", "rundir", "warmup"}
+MAY_IMPORT["run"] |= {"checks", "fingerprint", "progress", "rollout", "rundir", "shard", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
