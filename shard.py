@@ -13,7 +13,7 @@ dtype: weight, gradient and moments are 16 bytes a parameter, divided by the ran
 Three things follow. Ranks go in step: one that has fewer micro-batches makes empty ones (`rounds`). Sampling
 would gather every layer for every token, so it has all weights, once a step, in a plain model that is hollow
 in between. And a checkpoint is whole, with the names and numbers of a run that is not sharded, so that a run
-goes on with any number of processes. LoRA's adapters are small: every rank has them whole, as without `shard`.
+goes on with any number of processes. LoRA's adapters are small: every rank has them whole, as it has without.
 """
 
 import copy as copying
