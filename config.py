@@ -101,7 +101,7 @@ class Config:
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
     shard_optimizer: bool = False  # several processes share moments and masters (ZeRO-1): the same bits
-    shard: bool = False  # several processes share weights, gradients and optimiser (FSDP2)
+    shard: bool = False  # several processes share weights and gradients, too (FSDP2)
     max_grad_norm: float = 1.0
     # -- LoRA
     lora_rank: int = 32  # 0: full fine-tuning

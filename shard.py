@@ -65,7 +65,7 @@ def spread(model, *, dtype, device: str):
     if not apart and dtype != torch.float32 and model.embed.requires_grad:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     model.computes_in = dtype
-    mesh = init_device_mesh(torch.device(device).type, (ranks.world(),))
+    mesh = ranks.collective(init_device_mesh, torch.device(device).type, (ranks.world(),))
     for unit in units(model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=apart)
     add_gradients(model, divisor=1.0)
