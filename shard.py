@@ -99,8 +99,11 @@ def free(*models):
 
 
 # ------------------------------------------------------------------------------------------ in step
-def rounds(batches, model, nothing) -> Iterator:
-    """The micro-batches of this rank, and `nothing` as often as another rank has more of them."""
+def rounds(batches, model, nothing, reference=None) -> Iterator:
+    """The micro-batches of this rank, and `nothing` as often as another rank has more of them.
+
+    At the end nothing of the models stays gathered: it would be computed with after an update, too.
+    """
     batches = list(batches)
     most = len(batches)
     if is_spread(model):
@@ -108,6 +111,7 @@ def rounds(batches, model, nothing) -> Iterator:
     yield from batches
     for _ in range(most - len(batches)):
         yield nothing
+    free(model, reference)
 
 
 def learn_nothing(model):

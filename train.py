@@ -403,7 +403,8 @@ def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
     # gradient by rounding only.
     model, stats = run.model, {}
     micro = micro_batches(batch, groups, run.micro_tokens)
-    for numbers, prompts, completions in shard.rounds(micro, model, nothing=([], *shard.NOTHING)):
+    nothing = ([], *shard.NOTHING)
+    for numbers, prompts, completions in shard.rounds(micro, model, nothing, run.reference):
         if not numbers:
             join_in(run, step, prompts, completions)
             continue
@@ -487,7 +488,7 @@ def trainer_logp(run, step, batch) -> list[list[float]]:
     found = [[] for _ in batch.out.ids]
     groups = range(len(batch.prompts))
     micro = micro_batches(batch, groups, run.micro_tokens)
-    for numbers, prompts, completions in shard.rounds(micro, run.model, nothing=([], *shard.NOTHING)):
+    for numbers, prompts, completions in shard.rounds(micro, run.model, ([], *shard.NOTHING)):
         with step.timer("reference"), shard.in_step(run.model):
             run.model.eval()
             logp, _, _ = run.model.completion_logprobs(prompts, completions, **step.sampling)

@@ -45,12 +45,37 @@ def counting(folder):
     return case(shard=True)(folder)
 
 
+def at_the_third_loss(change):
+    """A case in which rank 1 meets something in the third micro-batch of a run."""
+
+    def of(folder):
+        real, calls = train.policy_head, []
+
+        def policy_head(*arguments, **keywords):
+            calls.append(1)
+            loss, entropy, stats = real(*arguments, **keywords)
+            if ranks.rank() == 1 and len(calls) == 3:
+                loss = change(loss)
+            return loss, entropy, stats
+
+        train.policy_head = policy_head
+        return case(shard=True, micro_tokens=1000, beta=0.1)(folder)
+
+    return of
+
+
+def out_of_memory(loss):
+    raise RuntimeError("no memory for 3 GB")
+
+
 def resumed(steps, **keys):
     return case(steps=steps, resume=True, **keys)
 
 
 CASES |= {
     "counting": counting,
+    "a loss that is none": at_the_third_loss(lambda loss: loss * float("nan")),
+    "out of memory": at_the_third_loss(out_of_memory),
     "a killed process, sharded": case(rewards=[(dies_on_rank_1, 1.0)], save_every=1, shard=True),
 }
 for steps in (3, 5, 8):
@@ -61,7 +86,8 @@ CASES |= {f"{name}, sharded": case(shard=True, **keys) for name, keys in KEYS.it
 
 
 def prints(folder) -> list[str]:
-    return [row["fingerprint"][:8] for row in rows(folder / "run" / "metrics.jsonl")]
+    found = rows(folder / "run" / "metrics.jsonl")
+    return [row["fingerprint"][:8] for row in found if "fingerprint" in row]  # others are evaluations
 
 
 def last(folder) -> dict:
@@ -138,6 +164,21 @@ def test_a_killed_process_takes_its_part_of_the_weights_with_it(tmp_path):
     assert out.returncode != 0
     told = "not saved, because a part of the weights was that process's"
     assert told in out.stdout and "step_000002 is safe" in out.stdout, out.stdout + out.stderr
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_the_last_step_is_saved(tmp_path):
+    out = on(2, tmp_path, "a loss that is none")
+    assert out.returncode != 0
+    assert out.stdout.count("the loss is nan at step 3") == 1, out.stdout + out.stderr
+    assert "step_000002; go on with" in out.stdout
+
+
+def test_an_error_of_one_rank_in_the_middle_of_a_pass_is_said_and_the_others_end(tmp_path):
+    """They would wait for its part of a layer, for half an hour."""
+    out = on(2, tmp_path, "out of memory")
+    assert out.returncode != 0
+    assert "rank 1: no memory for 3 GB" in out.stderr, out.stdout + out.stderr
+    assert "a process of this run has died" in out.stdout
 
 
 @pytest.mark.parametrize("keys", [dict(shard_optimizer=True), dict(lora_merge="on", lora_rank=2)])
