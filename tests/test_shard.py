@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import config as configs
+import model as models
 import ranks
 import run
 import train
 from conftest import rows, weights
+from fingerprint import hash_of_weights
 from test_ranks import CASES, case, dies_on_rank_1, on
 
 pytestmark = pytest.mark.slow
@@ -85,9 +87,10 @@ CASES |= {f"{name}, whole": case(**keys) for name, keys in KEYS.items()}
 CASES |= {f"{name}, sharded": case(shard=True, **keys) for name, keys in KEYS.items()}
 
 
-def prints(folder) -> list[str]:
+def prints(folder, half=slice(0, 8)) -> list[str]:
+    """The hashes of a run's steps: of what was drawn, or of the weights."""
     found = rows(folder / "run" / "metrics.jsonl")
-    return [row["fingerprint"][:8] for row in found if "fingerprint" in row]  # others are evaluations
+    return [row["fingerprint"][half] for row in found if "fingerprint" in row]  # others are evaluations
 
 
 def last(folder) -> dict:
@@ -109,6 +112,11 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path, name, processes):
     assert one.keys() == several.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(several[key], tensor, rtol=1e-4, atol=1e-6)
+    if "lora" not in name:
+        # The hash that four parts add up to is that of the whole weights, as they were saved.
+        folder = sorted((tmp_path / "several/run/ckpt").iterdir())[-1]
+        whole = hash_of_weights(list(enumerate(models.load(str(folder)).parameters())))
+        assert whole == int(prints(tmp_path / "several", slice(8, 16))[-1], 16)
 
 
 def test_a_sharded_bf16_run_keeps_fp32_masters_and_is_that_of_one_process_within_rounding(tmp_path):
@@ -152,7 +160,7 @@ def test_a_rank_holds_its_part_and_no_more(tmp_path):
     out = on(4, tmp_path, "counting")
     assert out.returncode == 0, out.stdout + out.stderr
     found = [json.loads((tmp_path / "several/run" / f"held_{rank}.json").read_text()) for rank in range(4)]
-    whole = 4 * 9616  # bytes of the tiny model in fp32
+    whole = 4 * 19200  # bytes of the tiny model in fp32
     for held in found:
         assert held["sampler"] == 0  # between sampling and the next step
         assert whole / 4 <= held["weights"] < 1.1 * whole / 4
