@@ -1,12 +1,10 @@
 """Sharded runs (FSDP2) on several processes beside the same run on one: the same ids, groups and weights."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
-import config as configs
 import model as models
 import ranks
 import run
@@ -187,9 +185,3 @@ def test_an_error_of_one_rank_in_the_middle_of_a_pass_is_said_and_the_others_end
     assert out.returncode != 0
     assert "rank 1: no memory for 3 GB" in out.stderr, out.stdout + out.stderr
     assert "a process of this run has died" in out.stdout
-
-
-@pytest.mark.parametrize("keys", [dict(shard_optimizer=True), dict(lora_merge="on", lora_rank=2)])
-def test_what_cannot_be_sharded_is_refused(keys):
-    with pytest.raises(ValueError, match="shard = True"):
-        configs.check_values(dataclasses.replace(configs.Config(), shard=True, **keys))
