@@ -195,9 +195,13 @@ def room(cfg):
     on_gpu = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
     if on_gpu:
         room = torch.cuda.get_device_properties(0).total_memory
-    held = memory.held_always(cfg, shape, "cuda" if on_gpu else "cpu", merged=cfg.lora_merge == "on")
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if cfg.shard else 1
+    merged = cfg.lora_merge == "on"
+    held = memory.held_always(cfg, shape, "cuda" if on_gpu else "cpu", merged, shared_by=processes)
     trained = memory.trained_numbers(cfg, shape)
-    need = memory.total(held) + 4 * trained  # and a gradient
+    need = memory.total(held) + 4 * trained // processes  # and a gradient
+    if processes > 1:  # whole are only the weights that the sampler gathers
+        need += memory.parameters(shape) * memory.number_width(cfg, "cuda" if on_gpu else "cpu")
     if need > room:
         weights = memory.parameters(shape)
         raise ValueError(

@@ -104,6 +104,7 @@ class Config:
     weight_decay: float = 0.0
     optimizer_bits: int = 32  # 8: Adam's moments of large tensors in 8 bits, 2 bytes a parameter for 8
     shard_optimizer: bool = False  # several processes share moments and masters (ZeRO-1): the same bits
+    shard: bool = False  # several processes share weights and gradients, too (FSDP2)
     max_grad_norm: float = 1.0
     # -- LoRA
     lora_rank: int = 32  # 0: full fine-tuning
@@ -415,7 +416,7 @@ def check_values(c: Config) -> Config:
         check_range(key, getattr(c, key), interval)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", c.device):
         raise ValueError(f"device = {c.device!r:.80} is not one of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    for refuse in (refuse_batch, refuse_reference, refuse_merging, refuse_goal):
+    for refuse in (refuse_batch, refuse_reference, refuse_merging, refuse_sharing, refuse_goal):
         refuse(c)
     return c
 
@@ -529,6 +530,24 @@ def goal_reached(goal: str, metrics: dict) -> bool:
             )
         return False
     return COMPARISONS[comparison](value, number)
+
+
+def refuse_sharing(c: Config):
+    if c.shard and c.shard_optimizer:
+        raise ValueError("shard = True shares the optimiser too: leave shard_optimizer out")
+    if c.shard and c.lora_merge == "on":
+        raise ValueError(
+            "lora_merge = 'on' keeps a whole copy of the weights, which shard = True spreads over processes: "
+            "set one of them to off"
+        )
+    for key, value in (
+        ("base", "nf4"),
+        ("optimizer_bits", 8),
+        ("dtype", "float16"),
+        ("checkpointing", "offload"),
+    ):
+        if c.shard and getattr(c, key) == value:
+            raise ValueError(f"shard = True has no {key} = {value!r}: leave one of the two out")
 
 
 def model_name(c: Config) -> str:

@@ -99,7 +99,8 @@ def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=
     bytes that the process holds before the model is loaded; on a GPU 0. world: processes that share the
     prompts.
     """
-    held = held_always(cfg, shape, device, merged)
+    shared_by = world if cfg.shard else 1
+    held = held_always(cfg, shape, device, merged, shared_by)
     if before:
         held = {"Python and its packages": before} | held
     width = number_width(cfg, device)
@@ -115,13 +116,15 @@ def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=
     sampling = {"keys and values": cache, "logits": logits_bytes(shape, slots), "prefill": prefill}
     if device == "cpu" and cfg.max_new_tokens >= 16:
         sampling["packed matrices"] = packed_bytes(cfg, shape, width)
+    if shared_by > 1:
+        sampling["gathered weights"] = parameters(shape) * width
     # On a GPU the sampler keeps its cache between the steps.
     kept = {"keys and values": cache} if first else {}
     head = head_bytes(shape, device, tokens, width)
     phases = {"load": held, "sample": held | sampling}
     if cfg.beta:
         phases["reference"] = held | kept | {"one layer": tokens * one_layer * width, "head": head}
-    gradients = {"gradients": 4 * trained_numbers(cfg, shape)}
+    gradients = {"gradients": 4 * trained_numbers(cfg, shape) // (1 if cfg.lora_rank else shared_by)}
     forward = {"activations": tokens * kept_per_token(shape, checkpointing_of(cfg, device)) * width}
     forward |= {"head": head + head_gradient(cfg, shape, device)}
     # At the end of a forward everything is kept and, in the first micro-batch, no gradient is there; at the
@@ -134,8 +137,8 @@ def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=
     return phases
 
 
-def held_always(cfg, shape, device: str, merged=None) -> dict[str, int]:
-    """What a run holds from its start to its end."""
+def held_always(cfg, shape, device: str, merged=None, shared_by=1) -> dict[str, int]:
+    """What a process holds from a run's start to its end. shared_by: processes over which it is sharded."""
     width, layers = number_width(cfg, device), shape.L * sum(projections(shape).values())
     trained = trained_numbers(cfg, shape)
     if cfg.base == "nf4":
@@ -157,6 +160,13 @@ def held_always(cfg, shape, device: str, merged=None) -> dict[str, int]:
         held["optimiser"] = int((moments + (4 if width < 4 else 0)) * trained)
         if cfg.beta:
             held["reference"] = held["weights"]
+    if shared_by > 1:  # adapters every process has whole
+        if not cfg.lora_rank:  # the sharded weights are fp32, and their own masters
+            held |= {"weights": 4 * trained, "optimiser": int(moments * trained)}
+        spread = ("weights", "reference") if cfg.lora_rank else ("weights", "reference", "optimiser")
+        for name in spread:
+            if name in held:
+                held[name] //= shared_by
     return held
 
 

@@ -191,6 +191,8 @@ class Transformer(nn.Module):
     # products of SwiGLU: 0.69 MB a token for 1.06 in 1.02 of the time (Qwen2.5-0.5B, LoRA, H200). "layers":
     # only the input of each layer, 1/L of it all, for one forward more of time.
     checkpointing = "none"
+    # Where weights are kept in more bits than they compute in (shard.py); None: they are as they compute.
+    computes_in = None
 
     def __init__(self, config: dict):
         """config: the dict of a config.json (kept, and written back by `save`). Weights are left unset."""
@@ -218,7 +220,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        return self.embed.dtype
+        return self.computes_in or self.embed.dtype
 
     def forward(self, ids, positions, plan):
         """Hidden states (T, D) after the final norm.

@@ -63,6 +63,8 @@ class AdamW:
     Raises ValueError when nothing is trainable, or when one name or one tensor is listed twice.
     """
 
+    summed = False  # whether backward itself adds gradients over ranks (shard.py)
+
     def __init__(
         self,
         named_params: list[tuple[str, nn.Parameter]],
@@ -139,6 +141,10 @@ class AdamW:
             self.counters.append(counter)
             self.adamw.state[t] = {"step": counter, **moments}
 
+    def trained(self) -> int:
+        """How many numbers are trained, over all ranks."""
+        return sum(param.numel() for param in self.params)
+
     def masters(self) -> list[tuple[int, Tensor]]:
         """(number of the parameter, what is updated of it): of ours, where ranks share them."""
         return [(i, t) for i, (t, mine) in enumerate(zip(self.fp32, self.mine)) if mine]
@@ -213,9 +219,13 @@ class AdamW:
         self._round()
         return norm
 
+    def non_finite(self) -> list[str]:
+        """Names of all parameters with a NaN or an infinity in their gradient."""
+        return [name for name, grad in zip(self.names, self.grads()) if not torch.isfinite(grad).all()]
+
     def _non_finite(self) -> str:
         """The first names of parameters with a NaN or an infinity in their gradient."""
-        bad = [name for name, grad in zip(self.names, self.grads()) if not torch.isfinite(grad).all()]
+        bad = self.non_finite()
         if not bad:
             return "none, their squares overflow"
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""

@@ -162,12 +162,23 @@ def share_from_first(tensors):
             collective(dist.broadcast, tensor, 0)
 
 
+LOST = "a process of this run has died; what it said, if it had time to, is above"
+
+
 def collective(function, *arguments):
     """A call that needs all ranks. RankLost where one of them is gone."""
     try:
-        function(*arguments)
+        return function(*arguments)
     except RuntimeError as error:
-        raise RankLost("a process of this run has died; what it said, if it had time to, is above") from error
+        raise RankLost(LOST) from error
+
+
+def is_of_network(error: Exception) -> bool:
+    """Whether an error from inside of a pass is that another process could not be reached."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "NCCL")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 @contextmanager
@@ -185,10 +196,11 @@ def together():
             raise
         error = e
     errors = [e for e in gather(portable(error)) if e is not None]
-    if error is not None:
-        raise error
-    if errors:
-        raise errors[0]
+    if error is None and not errors:
+        return
+    error = error or errors[0]
+    error.on_all_ranks = True
+    raise error
 
 
 def leave(sentence: str):

@@ -30,6 +30,7 @@ import progress
 import ranks
 import rewards as rewarding
 import rundir
+import shard
 import warmup
 from fingerprint import hash_of_weights
 from memory import Peaks, held_by_python
@@ -44,7 +45,8 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out_dir)
         device, self.dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
         self.kernels = kernels.use(cfg.kernels)
-        self.device = ranks.start(device)
+        with progress.doing("waiting for the other processes"):
+            self.device = ranks.start(device)
         self.peaks = Peaks(self.device)
         self.before = 0 if self.device.startswith("cuda") else held_by_python()
         refuse_uneven_ranks(cfg)
@@ -76,33 +78,71 @@ class Run:
             self.load_models()
         for model in (self.model, self.reference):
             if model is not None:
-                ranks.share_from_first(model.state_dict().values())
+                self.share(model)
+        self.copies = {}  # of a model that is spread: its hollow copy
+        if self.spreads:
+            self.spread_models()
+        self.samples = self.copies.get(self.model, self.model)  # what draws, see `whole_weights`
         self.model.checkpointing = cfg.checkpointing
         if cfg.checkpointing == "auto":
             self.model.checkpointing = "light" if self.model.device.type == "cuda" else "none"
         self.merges = merges_adapters(cfg, self.model)
         self.weights_changed()
         self.micro_tokens = cfg.micro_tokens  # 0: chosen by memory before the first update
-        self.sampler = Sampler(self.model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
-        owners = None
-        if cfg.shard_optimizer and ranks.world() > 1:
-            owners = ranks.share_out([p for p in self.model.parameters() if p.requires_grad])
-        self.optimizer = optim.AdamW(
-            list(self.model.named_parameters()),
-            lr=cfg.lr,
-            betas=(cfg.adam_beta1, cfg.adam_beta2),
-            weight_decay=cfg.weight_decay,
-            bits=cfg.optimizer_bits,
-            scaled=self.dtype == torch.float16,
-            owners=owners,
-            rank=ranks.rank(),
-        )
+        self.sampler = Sampler(self.samples, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
+        self.optimizer = self.make_optimizer()
         if moments is not None:
             self.optimizer.load_state(moments)
         self.peaks.of["load"] = self.peaks.note()
         with ranks.together():
             if ranks.rank() == 0:
                 self.check_room()
+
+    @property
+    def spreads(self) -> bool:
+        """Whether each process has a part of the weights."""
+        return self.cfg.shard and ranks.world() > 1
+
+    @property
+    def loads_on(self) -> str:
+        """The device that a model is loaded on: what is to be spread is whole in the CPU's memory first."""
+        return "cpu" if self.spreads else self.device
+
+    def share(self, model):
+        """Every rank starts from the weights of rank 0. Those that are to be spread must be so already."""
+        if not self.spreads:
+            ranks.share_from_first(model.state_dict().values())
+            return
+        with ranks.together():
+            sums = hash_of_weights(list(enumerate(model.parameters())))
+        if len(set(ranks.gather(sums))) > 1:
+            raise ValueError("the processes have read different weights: give all the same model and out_dir")
+
+    def spread_models(self):
+        """Each process keeps its part of the weights, which all have loaded into the CPU's memory."""
+        for model in (self.model, self.reference):
+            if model is not None:
+                self.copies[model] = shard.hollow(model, self.dtype)
+                shard.spread(model, dtype=self.dtype, device=self.device)
+        if self.start_adapter is not None:
+            self.start_adapter = [tensor.to(self.device) for tensor in self.start_adapter]
+        with ranks.together():
+            shard.refuse_too_large(self.copies[self.model], self.device)
+
+    def whole_weights(self):
+        """The context in which the sampler has its weights. Every rank must enter it."""
+        return shard.gathered(self.samples, self.model)
+
+    def make_optimizer(self):
+        cfg, params = self.cfg, list(self.model.named_parameters())
+        options = dict(lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
+        if self.spreads and not cfg.lora_rank:
+            return shard.AdamW(params, dtype=self.dtype, **options)
+        owners = None
+        if cfg.shard_optimizer and ranks.world() > 1:
+            owners = ranks.share_out([p for _, p in params if p.requires_grad])
+        options |= dict(bits=cfg.optimizer_bits, scaled=self.dtype == torch.float16)
+        return optim.AdamW(params, owners=owners, rank=ranks.rank(), **options)
 
     def find_checkpoint(self):
         """(identity, folder, optimiser state, keys that have changed) of the run to go on with.
@@ -168,11 +208,12 @@ class Run:
         if made_here and not self.resumed:
             self.make_start(start)
         self.base = str(start) if made_here else cfg.model
-        if self.resumed or not made_here:
+        # A model that is to be spread is read again, whole, from the start that was written.
+        if self.resumed or not made_here or self.spreads:
             full_checkpoint = self.resumed is not None and not cfg.lora_rank  # then it is the whole model
             path = str(self.resumed) if full_checkpoint else self.base
             loaded = load_policy(
-                path, adapter=cfg.adapter, dtype=self.dtype, device=self.device, base=cfg.base
+                path, adapter=cfg.adapter, dtype=self.dtype, device=self.loads_on, base=cfg.base
             )
             self.model, self.tokenizer, self.stop_ids, base = loaded
             if cfg.lora_rank:
@@ -199,23 +240,42 @@ class Run:
             alphabet=cfg.alphabet,
             seed=cfg.seed,
             dtype=self.dtype,
-            device=self.device,
+            device=self.loads_on,
         )
+        whole = self.model
         if cfg.sft_steps:
-            options = configs.warm_up_options(cfg)
+            whole = self.warm_up()
+        with ranks.together():  # another rank may read it next
+            self.write_start(whole, folder)
+
+    def warm_up(self):
+        """Trains self.model on demonstrations. Returns what holds the weights on rank 0."""
+        options = configs.warm_up_options(self.cfg)
+        whole = self.model
+        if self.spreads:
+            whole = shard.hollow(self.model, self.dtype)
+            shard.spread(self.model, dtype=self.dtype, device=self.device)
+            shard.add_gradients(self.model, divisor=ranks.world())  # each computes all rows
+            options["make_optimizer"] = partial(shard.AdamW, dtype=self.dtype)
+        with shard.in_step(self.model):
             warmup.warm_up(
                 self.model, self.tokenizer, self.task, stop_id=self.stop_ids[0], say=ranks.say, **options
             )
+        if whole is not self.model:
+            shard.fill(whole, self.model, for_save=True)
+        return whole
+
+    def write_start(self, model, folder: Path):
         if ranks.rank() == 0:
             try:
                 with checkpoint.os_errors():
-                    save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base="")
+                    save_policy(model, self.tokenizer, self.stop_ids, str(folder), base="")
             except OSError as error:
                 raise ValueError(
                     f"the model that training starts from could not be written to {folder} "
                     f"({error.strerror}): free some room, or choose another disk, --out_dir=PATH"
                 ) from error
-        if cfg.base == "nf4":  # as it will be read from the folder when the run is resumed
+        if self.cfg.base == "nf4":  # as it will be read from the folder when the run is resumed
             nf4.quantise_model(self.model)
 
     def load_adapter(self):
@@ -247,7 +307,7 @@ class Run:
             self.reference = copy.deepcopy(self.model)
         else:
             folder = self.resumed / "reference" if self.cfg.ref_sync_every else self.base
-            self.reference, *_ = load_policy(str(folder), dtype=self.dtype, device=self.device)
+            self.reference, *_ = load_policy(str(folder), dtype=self.dtype, device=self.loads_on)
         self.reference.requires_grad_(False)
 
     @contextlib.contextmanager
@@ -288,7 +348,7 @@ class Run:
         """Moves the reference towards the policy every ref_sync_every steps (TR-DPO, arXiv:2404.09656)."""
         if self.cfg.ref_sync_every and step % self.cfg.ref_sync_every == 0:
             for r, p in zip(self.reference.parameters(), self.model.parameters()):
-                r.lerp_(p, self.cfg.ref_mix)
+                r.lerp_(p.to(r.dtype), self.cfg.ref_mix)
 
     def rank_0_is_gone(self) -> bool:
         """Whether rank 0 has died, and we are the first to ask. Not known without a shared folder."""
@@ -304,7 +364,14 @@ class Run:
         return False
 
     def moments(self) -> dict:
-        """The optimiser's state, on rank 0 whole whoever owns what. Every rank must call it."""
+        """The optimiser's state, on rank 0 whole whoever owns what. Every rank must call it.
+
+        A spread model's weights come to rank 0, too, in its copy: `save` is rank 0's alone.
+        """
+        if self.optimizer.summed:
+            for model, copy in self.copies.items():
+                shard.fill(copy, model, for_save=True)
+            return shard.on_first(self.optimizer.state())
         if self.optimizer.owners is None:
             return self.optimizer.state()
         return ranks.gather_to_first(self.optimizer.state())
@@ -312,13 +379,17 @@ class Run:
     def weights_hash(self) -> int:
         """fingerprint.hash_of_weights of all that is trained. Every rank must call it."""
         mine = hash_of_weights(self.optimizer.masters())
-        return mine if self.optimizer.owners is None else sum(ranks.gather(mine))
+        everybodys = self.optimizer.owners is None and not self.optimizer.summed
+        return mine if everybodys else sum(ranks.gather(mine))
 
     def save(self, moments: dict) -> Path:
         """Writes ckpt/step_NNNNNN, whole or not at all. moments: the optimiser's, from `moments`."""
         state = {key: value for key, value in self.state.items() if key != "step"}
         state |= dict(model=self.identity, run=self.id)
-        with self.peaks("save"):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.peaks("save"))
+            for model, copy in self.copies.items():
+                stack.callback(shard.empty, copy, model)
             return checkpoint.save(
                 self.out, self.state["step"], write_model=self.write, optimizer_state=moments, state=state,
                 keep=self.cfg.keep,
@@ -349,16 +420,17 @@ class Run:
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint, about: what is saved of the model, and the optimiser's state."""
         trained = sum(p.nbytes for p in self.optimizer.params)
-        model = sum(p.nbytes for p in self.model.parameters())
+        model = sum(p.numel() * self.dtype.itemsize for p in self.model.parameters())
         weights = trained if self.cfg.lora_rank else model
         if self.cfg.ref_sync_every:
             weights += model
         return weights + sum(t.nbytes for t in self.optimizer.whole_state().values())
 
     def write(self, folder: Path):
-        save_policy(self.model, self.tokenizer, self.stop_ids, str(folder), base=self.base)
+        save_policy(self.samples, self.tokenizer, self.stop_ids, str(folder), base=self.base)
         if self.cfg.ref_sync_every:  # a reference that moves is state, too
-            save_policy(self.reference, self.tokenizer, self.stop_ids, str(folder / "reference"), base="")
+            reference = self.copies.get(self.reference, self.reference)
+            save_policy(reference, self.tokenizer, self.stop_ids, str(folder / "reference"), base="")
 
 
 def merges_adapters(cfg, model) -> bool:
@@ -369,7 +441,7 @@ def merges_adapters(cfg, model) -> bool:
     the reference needs W. "auto": on a GPU with room for that copy four times over, without dropout, and
     never on a base in 4 bits, which that copy would be four times of.
     """
-    if not cfg.lora_rank or cfg.lora_merge == "off" or cfg.base == "nf4":
+    if not cfg.lora_rank or cfg.lora_merge == "off" or cfg.base == "nf4" or cfg.shard:
         return False
     if cfg.lora_merge == "on":
         return True

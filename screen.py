@@ -71,7 +71,7 @@ def cut(text: str, width: int) -> str:
 def what_is_trained(run) -> str:
     cfg, model = run.cfg, run.model
     total = sum(p.numel() for p in model.parameters()) + nf4.weights_in(model)
-    trained = sum(p.numel() for p in run.optimizer.params)
+    trained = run.optimizer.trained()
     how = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else "full"
     if cfg.base == "nf4":
         how += " on a base in 4 bits"

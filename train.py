@@ -41,6 +41,7 @@ import optim
 import ranks
 import report
 import rewards as rewarding
+import shard
 from batch import Batch, Step, Timer, gather_scores, micro_batches, share_of_useful_tokens, stream_keys
 from evaluation import evaluate, missing_form, refuse_hopeless
 from fingerprint import fingerprint, hash_of_ids
@@ -115,26 +116,8 @@ def train_step(run, number: int) -> dict:
 
     # Sample G completions of each prompt and score them. Every rank works on its own prompts, and from here
     # on every rank knows all rewards: a baseline, a scale or a mean may need them.
-    with ranks.together():  # a reward that fails on one rank stops all of them
-        batch = sample_and_score(run, step, step.rows, step.numbers)
-    step.drawn = step.scores = gather_scores(batch)
-    if number == 1 and not cfg.force:
-        # A run in which no group has two different rewards would burn hours and learn nothing.
-        found = gather((missing_form(step.rewards, batch.texts), len(batch.texts)))
-        missing = None
-        if found[0][0]:
-            share = sum(lost for (_, lost), _ in found) / sum(texts for _, texts in found)
-            missing = found[0][0][0], share
-        refuse_hopeless(
-            step.drawn.rewards,
-            step.drawn.stopped,
-            cfg.max_new_tokens,
-            within_groups=not callable(cfg.advantage),
-            missing=missing,
-        )
-    if cfg.resample_zero_groups:
-        resample(run, step, batch)
-        step.scores = gather_scores(batch)
+    with run.whole_weights():
+        batch = draw(run, step)
 
     # A completion is good if it beats its group; make its tokens likelier, and those of the others less
     # likely.
@@ -176,6 +159,32 @@ def train_step(run, number: int) -> dict:
     return metrics
 
 
+def draw(run, step) -> Batch:
+    """The step's completions on this rank, scored; the scores of all ranks are in step.scores."""
+    cfg = run.cfg
+    with ranks.together():  # a reward that fails on one rank stops all of them
+        batch = sample_and_score(run, step, step.rows, step.numbers)
+    step.drawn = step.scores = gather_scores(batch)
+    if step.number == 1 and not cfg.force:
+        # A run in which no group has two different rewards would burn hours and learn nothing.
+        found = gather((missing_form(step.rewards, batch.texts), len(batch.texts)))
+        missing = None
+        if found[0][0]:
+            share = sum(lost for (_, lost), _ in found) / sum(texts for _, texts in found)
+            missing = found[0][0][0], share
+        refuse_hopeless(
+            step.drawn.rewards,
+            step.drawn.stopped,
+            cfg.max_new_tokens,
+            within_groups=not callable(cfg.advantage),
+            missing=missing,
+        )
+    if cfg.resample_zero_groups:
+        resample(run, step, batch)
+        step.scores = gather_scores(batch)
+    return batch
+
+
 def sample_and_score(run, step, rows, numbers) -> Batch:
     """Samples a group for each of these rows and scores it. numbers: of the rows in the
     step, which draws are keyed by.
@@ -192,7 +201,7 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
         background.submit(b, score_rows, run, step, [rows[b]], list(ids))
 
     with step.timer("sample"):
-        run.model.eval()  # no LoRA dropout in the sampler
+        run.samples.eval()  # no LoRA dropout in the sampler
         out = run.sampler.generate(
             prompts,
             group_size=cfg.group_size,
@@ -369,7 +378,7 @@ def update(run, step, batch, groups, first: bool):
     scale = run.optimizer.loss_scale
     objective = run.objective | dict(norm=step_normaliser(cfg, batch, groups) / scale)
     rows = int(batch.needed.view(-1, cfg.group_size)[groups].sum())
-    with ranks.together(), progress.doing("updating", rows) as bar:
+    with ranks.together(), shard.in_step(run.model), progress.doing("updating", rows) as bar:
         stats = accumulate_gradients(run, step, batch, groups, objective, bar)
 
     # Before anything is learnt from it: is the trainer the model that the sampler drew from?
@@ -381,7 +390,8 @@ def update(run, step, batch, groups, first: bool):
     # AdamW clips the gradient's norm and takes its step in place, so the sampler's CUDA graphs stay good.
     with step.timer("train"):
         # A sum and not a mean: the divisor is that of all ranks already.
-        ranks.sum_over_ranks(run.optimizer.grads())
+        if not run.optimizer.summed:
+            ranks.sum_over_ranks(run.optimizer.grads())
         grad_norm = float(run.optimizer.step(step.lr, max_norm=cfg.max_grad_norm))
         run.whole = False  # until the step is complete
         run.optimizer.zero_grad()
@@ -398,7 +408,12 @@ def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
     # A micro-batch is as much as fits into memory. With one divisor for the step, how it is cut changes the
     # gradient by rounding only.
     model, stats = run.model, {}
-    for numbers, prompts, completions in micro_batches(batch, groups, run.micro_tokens):
+    micro = micro_batches(batch, groups, run.micro_tokens)
+    nothing = ([], *shard.NOTHING)
+    for numbers, prompts, completions in shard.rounds(micro, model, nothing, run.reference):
+        if not numbers:
+            join_in(run, step, prompts, completions)
+            continue
         tokens = batch.tokens(numbers, model.device)  # old_logp, adv, rows, .. of its T tokens
         with step.timer("reference"):
             tokens.ref_logp, exact_reference = look_up_reference(run, step, prompts, completions)
@@ -412,8 +427,9 @@ def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
                 hidden, model.head, targets, tokens, objective, reference=exact_reference, logp_out=logp,
                 **step.sampling,
             )  # fmt: skip
-            if not torch.isfinite(loss.detach()):
-                refuse_loss(run, step, loss, prompts, completions, tokens)
+            with shard.agreed(model):
+                if not torch.isfinite(loss.detach()):
+                    refuse_loss(run, step, loss, prompts, completions, tokens)
             loss.backward()  # gradients add up over micro-batches
         bar.show(bar.done + len(numbers))
         step.micro_batches.append(packed_tokens(prompts, completions))
@@ -430,6 +446,14 @@ def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
 def packed_tokens(prompts, completions) -> int:
     """Tokens of a micro-batch: a prompt counts once for its group."""
     return sum(map(len, prompts)) + sum(len(ids) for group in completions for ids in group)
+
+
+def join_in(run, step, prompts, completions):
+    """The passes of a micro-batch that another rank has and this one has not. They teach nothing."""
+    with step.timer("train"):
+        look_up_reference(run, step, prompts, completions)
+        run.model.train()
+        shard.learn_nothing(run.model)
 
 
 def dropout_of(run, step, numbers, prompts, completions):
@@ -475,10 +499,13 @@ def trainer_logp(run, step, batch) -> list[list[float]]:
     """
     found = [[] for _ in batch.out.ids]
     groups = range(len(batch.prompts))
-    for numbers, prompts, completions in micro_batches(batch, groups, run.micro_tokens):
-        with step.timer("reference"):
+    micro = micro_batches(batch, groups, run.micro_tokens)
+    for numbers, prompts, completions in shard.rounds(micro, run.model, ([], *shard.NOTHING)):
+        with step.timer("reference"), shard.in_step(run.model):
             run.model.eval()
             logp, _, _ = run.model.completion_logprobs(prompts, completions, **step.sampling)
+        if not numbers:
+            continue
         lengths = [len(batch.out.ids[n]) for n in numbers]
         for n, row in zip(numbers, logp.split(lengths)):
             found[n] = row.tolist()
@@ -554,9 +581,9 @@ class Interrupt:
 def evaluate_now(run, log, interrupt) -> tuple[dict, list]:
     """Held-out problems, on rank 0 while the others wait: (metrics, texts), both empty if interrupted."""
     metrics, texts = {}, []
-    run.model.eval()  # no LoRA dropout
+    run.samples.eval()  # no LoRA dropout
     interrupt.evaluating = True
-    with ranks.together(), progress.doing("evaluating", drawn=False):
+    with run.whole_weights(), ranks.together(), progress.doing("evaluating", drawn=False):
         if rank() == 0:
             rows = run.task.eval[: run.cfg.eval_problems]
             options = configs.evaluation_options(run.cfg)
@@ -713,7 +740,8 @@ def stop(run, log, reason: str, lost: bool = False) -> int:
         except OSError as e:
             saved = f"not saved ({reason_of(e)}); {safe(run)}"
         except ranks.RankLost:
-            saved = f"not saved, because a part of the optimiser was that process's; {safe(run)}"
+            what = "the weights" if run.optimizer.summed else "the optimiser"
+            saved = f"not saved, because a part of {what} was that process's; {safe(run)}"
     if first:
         flags = " ".join(word for word in sys.argv[1:] if "resume" not in word)
         print(f"\n{reason}\n{saved}; go on with: python train.py {flags} --resume=True", flush=True)

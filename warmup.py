@@ -31,15 +31,17 @@ def demonstrations(tokenizer, rows, stop_id, *, system, prefill):
 
 
 def warm_up(model, tokenizer, task, *, steps, batch, lr, seed, stop_id, micro_tokens, system="", prefill="",
-            say=print):  # fmt: skip
+            say=print, make_optimizer=optim.AdamW):  # fmt: skip
     """Trains the model in place for `steps` updates of `batch` demonstrations each.
     Returns the last loss, nats a token.
 
     The rate climbs for a twentieth of the steps and then falls as a cosine. Rows are those of
-    `task.batch(step, batch, seed + 1)`, so the warm-up is a function of the seed alone.
+    `task.batch(step, batch, seed + 1)`, so the warm-up is a function of the seed alone. Each of several
+    processes does all of it.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), scaled=model.dtype == torch.float16)
+    more = dict(scaled=True) if model.dtype == torch.float16 else {}
+    optimizer = make_optimizer(trained, lr=lr, betas=(0.9, 0.99), **more)
     start, average = time.perf_counter(), None
     with progress.doing("warm-up, steps", steps) as bar:
         for step in range(steps):

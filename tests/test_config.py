@@ -1,5 +1,7 @@
 """Config files and flags: what is taken, and the sentence for what is not."""
 
+import dataclasses
+
 import pytest
 
 import config as configs
@@ -122,3 +124,9 @@ def test_weights_over_time_are_a_function_of_the_file(tmp_path):
     assert configs.load(
         [write(tmp_path, "def reward_weights(step):\n    return [1.0 / step]\n")]
     ).reward_weights(4) == [0.25]
+
+
+@pytest.mark.parametrize("keys", [dict(shard_optimizer=True), dict(lora_merge="on", lora_rank=2)])
+def test_what_cannot_be_sharded_is_refused(keys):
+    with pytest.raises(ValueError, match="shard = True"):
+        configs.check_values(dataclasses.replace(configs.Config(), shard=True, **keys))

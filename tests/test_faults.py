@@ -66,8 +66,9 @@ VARIANTS = {
     "moving reference": dict(beta=0.1, ref_sync_every=2),
     "memory": dict(advantage=against_the_past),
     "two processes": dict(),
+    "sharded": dict(shard=True),
 }
-WORLD = {"two processes": 2}
+WORLD = {"two processes": 2, "sharded": 2}
 
 
 # ------------------------------------------------------------------- the process that forks the runs

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "shape": set(),
     "cache": set(),
     "rundir": {"checkpoint"},
+    "shard": {"lora", "optim", "ranks"},
     "fingerprint": set(),
     "progress": set(),
     "memory": {"cache"},
@@ -50,7 +51,8 @@ MAY_IMPORT = {
     "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen", "trackers"},
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
-MAY_IMPORT["run"] |= {"checks", "fingerprint", "memory", "nf4", "progress", "rollout", "rundir", "warmup"}
+MAY_IMPORT["run"] |= {"checks", "fingerprint", "memory", "nf4", "progress", "rollout", "rundir", "shard"}
+MAY_IMPORT["run"] |= {"warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
