@@ -33,7 +33,6 @@ import contextlib
 import fcntl
 import functools
 import json
-import marshal
 import math
 import os
 import select
@@ -44,7 +43,6 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 FULL = ("limits", "privileges", "processes", "network", "files", "system calls")
@@ -332,18 +330,10 @@ def conversation(program: dict, judge: dict, *, seconds, memory_mb=512, mode=Non
             pipes.callback(os.close, fd)
         deadline = time.monotonic() + PATIENCE * seconds
         stack.enter_context(started(program, fds=(program_reads, program_writes), **limits))
-        judge = judge | dict(judge=judge_code())
         judging = started(judge, fds=(judge_reads, judge_writes), stdout=subprocess.PIPE, **limits)
         judge = stack.enter_context(judging)
         pipes.close()  # with ours open nobody would see the other end close
         return drained(judge, deadline)
-
-
-@functools.cache
-def judge_code() -> str:
-    """The code of tasks/judging.py, which is compiled here, once, and run in the sandboxed Python alone."""
-    path = str(Path(__file__).with_name("judging.py"))
-    return marshal.dumps(SourceFileLoader("judging", path).get_code("judging")).hex()
 
 
 # -------------------------------------------------------------------------------------------- isolation

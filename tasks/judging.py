@@ -1,6 +1,6 @@
 """What the judge of a sandbox does: runs a data set's tests on stubs that ask the program.
 
-Nobody imports this file: tasks/sandbox.py hands its code to tasks/inside.py, among whose names it runs where
+Nobody imports this file: tasks/launcher.py hands its code to tasks/inside.py, among whose names it runs where
 the role is judge. A test meets plain data, which is decoded here, and stubs, which stand for the program's
 objects. A stub can be called, and its attributes read. Whatever a test decides by (truth, equality, length,
 what it contains) has to be plain data in the end. Where it is not, the test is refused: it fails whatever it

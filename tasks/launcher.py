@@ -332,11 +332,13 @@ def leave(status: int):
 
 
 if __name__ == "__main__":
+    # By this Python, which may be of another version than the trainer's.
     ROLES = compile((HERE / "inside.py").read_text(), "inside.py", "exec")
+    JUDGING = compile((HERE / "judging.py").read_text(), "judging.py", "exec")
     main(int(sys.argv[1]), json.loads(sys.argv[2]))
     status = 1
     try:
-        exec(ROLES, dict(__name__="inside", __builtins__=__builtins__))
+        exec(ROLES, dict(__name__="inside", __builtins__=__builtins__, JUDGING=JUDGING))
         status = 0
     except SystemExit as e:
         if e.code is None or isinstance(e.code, int):
