@@ -91,6 +91,12 @@ def prints(folder, half=slice(0, 8)) -> list[str]:
     return [row["fingerprint"][half] for row in found if "fingerprint" in row]  # others are evaluations
 
 
+def close(name, found, wanted):
+    """Weights to 1e-6; Adam's moments, which are of any size, relatively."""
+    relative = 1e-4 if name.startswith("optimizer") else 0.0
+    torch.testing.assert_close(found, wanted, rtol=relative, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
 def last(folder) -> dict:
     return weights(sorted((folder / "run" / "ckpt").iterdir())[-1])
 
@@ -109,7 +115,7 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path, name, processes):
     one, several = last(tmp_path / "one"), last(tmp_path / "several")
     assert one.keys() == several.keys()
     for key, tensor in one.items():
-        torch.testing.assert_close(several[key], tensor, rtol=1e-4, atol=1e-6)
+        close(key, several[key], tensor)
     if "lora" not in name:
         # The hash that four parts add up to is that of the whole weights, as they were saved.
         folder = sorted((tmp_path / "several/run/ckpt").iterdir())[-1]
@@ -151,7 +157,7 @@ def test_a_sharded_run_goes_on_on_any_number_of_processes(tmp_path, dtype):
     if dtype == "fp32":
         assert prints(tmp_path / "several") == prints(tmp_path / "one")
         for name, tensor in one.items():
-            torch.testing.assert_close(several[name], tensor, rtol=1e-4, atol=1e-6)
+            close(name, several[name], tensor)
 
 
 def test_a_rank_holds_its_part_and_no_more(tmp_path):
