@@ -126,7 +126,7 @@ def test_completions_that_do_not_follow_their_prompt_are_refused(segments):
         flash.Tiles(segments, 1, E=8, dtype=torch.float32, device=DEVICE)
 
 
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dtype", [LOW[0], pytest.param(LOW[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "H, K, E, groups",
     [

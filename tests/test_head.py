@@ -80,6 +80,7 @@ def compare(inputs, tokens, objective, tolerance, **more):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * 1e-2, msg=str(objective))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", LEARNS)
 def test_every_option_gives_the_loss_the_gradient_and_the_sums_of_the_unfused_path(monkeypatch, learns):
     *inputs, tokens = batch()

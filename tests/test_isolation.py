@@ -290,6 +290,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_program_does_not_survive_a_killed_trainer(mode):
     """Killed with no chance to clean up: after the limit and a second nothing of it is there.
 
@@ -385,6 +386,7 @@ def test_nothing_of_a_job_is_in_the_memory_of_the_next(monkeypatch, use):
 
 
 # ------------------------------------------------------------------------------------- without namespaces
+@pytest.mark.slow
 def test_without_namespaces_no_program_plants_anything_in_a_neighbours_scratch_folder(monkeypatch):
     """As root, a program that watched the folders put a json.py in its neighbour's, which ran as root."""
     if os.geteuid() != 0:
@@ -448,6 +450,7 @@ def test_what_holds_is_shown_when_a_run_starts():
     assert all((f"NOT {name}" in said) != (name in isolation()) for name in FULL)
 
 
+@pytest.mark.slow
 def test_more_programs_than_the_launcher_has_descriptors_for_are_an_error_and_not_its_end(use):
     use("landlock", "seccomp")  # a launcher that starts here
     launcher = apart.launcher_of(apart.choose()[0])
@@ -553,6 +556,7 @@ except sandbox.SandboxError as e:
 """
 
 
+@pytest.mark.slow
 def test_an_ordinary_user_without_namespaces_forges_no_verdict():
     """Through /proc a program wrote into the judge's descriptors, and the trainer's.
 
@@ -587,6 +591,7 @@ def test_where_a_program_could_forge_its_verdict_auto_refuses_and_trust_goes_on(
     assert as_other_user(go_on, refuse=f"{UNSHARE}, {LANDLOCK}") == "['passed']\n"
 
 
+@pytest.mark.slow
 @needs_root
 def test_where_the_kernel_has_nothing_root_still_keeps_verdicts_by_another_user():
     """No namespaces, no Landlock, no seccomp: what holds is said, and the rest is not."""

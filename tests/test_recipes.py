@@ -161,6 +161,7 @@ def with_reviews(folder, monkeypatch):
     exec(compile(PREPARES, "make_reviews.py", "exec"), {})
 
 
+@pytest.mark.slow
 def test_your_own_jsonl(tmp_path, monkeypatch):
     with_reviews(tmp_path, monkeypatch)
     told, drawn = trained(tmp_path, "reviews", "eval_every, eval_problems = 3, 12\n")

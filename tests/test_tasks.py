@@ -434,6 +434,7 @@ def test_a_row_whose_own_answer_cannot_be_read_is_not_scored(monkeypatch):
     assert mathematics([r"\boxed{x}"], answer=["x"]) == [None]
 
 
+@pytest.mark.slow
 @needs_math
 def test_when_the_processes_are_lost_others_take_their_place():
     mathematics([r"\boxed{x}"], answer=["x"])
@@ -787,6 +788,7 @@ def test_a_judge_that_fails_is_asked_again_and_then_none(server):
     assert count["later"] == count["busy"] == count["odd"] == 3 and count["forbidden"] == 1
 
 
+@pytest.mark.slow
 def test_a_judge_that_answers_nobody_stops_with_its_address(server):
     with pytest.raises(
         RewardError,
@@ -797,6 +799,7 @@ def test_a_judge_that_answers_nobody_stops_with_its_address(server):
         run("judge")
 
 
+@pytest.mark.slow
 def test_a_completion_cannot_close_the_marks_around_it(server):
     run(
         functools.partial(judge, url=server, model="m", tries=1),
@@ -877,6 +880,7 @@ def hostile(monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, problem",
     [
@@ -944,6 +948,7 @@ class Obedient(Server):
         self.wfile.write(reply.encode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_an_instruction_in_the_answer_under_judgement_is_data(injection, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -960,6 +965,7 @@ def test_an_instruction_in_the_answer_under_judgement_is_data(injection, monkeyp
     server.server_close()
 
 
+@pytest.mark.slow
 def test_ten_thousand_fuzzed_texts_have_an_answer_and_a_block_or_none():
     """What `math` and `code` read before they ask anybody."""
     rng, start = random.Random(0), time.process_time()

@@ -562,6 +562,7 @@ def test_training_step_equals_torch(tiny, options):
         near(a, b, torch.float32)
 
 
+@pytest.mark.slow
 def test_lora_step_equals_torch(tiny):
     targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
     lora.apply(tiny, rank=4, alpha=8, targets=targets).to(DEVICE)
@@ -592,7 +593,7 @@ def test_keys_go_to_places_that_are_a_column_of_a_table():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), SLOW(dict(temperature=0)), SLOW(dict(top_k=20, top_p=0.9))], ids=str
+    "options", [SLOW(dict()), dict(temperature=0), SLOW(dict(top_k=20, top_p=0.9))], ids=str
 )
 def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
     """Six rows through three slots: prefill, decoding from the cache, refilling, moving rows and groups."""

@@ -265,7 +265,7 @@ def is_told(name: str, form: str) -> bool:
     return form in NO_VALUE and name not in NEVER
 
 
-@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_hostile_program_passes_a_test_with_an_expected_value(every):
     """An object could be true, equal, long, near and a container of whatever it was asked for. The end of an
     iterator ended map, a class named np was numpy, and a program that had died passed a bare `except`."""
