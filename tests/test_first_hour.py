@@ -407,8 +407,9 @@ def test_ctrl_c_before_a_run_begins_is_one_sentence(tmp_path, script, seconds):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert "Traceback" not in out
-    # On a fast machine sample.py may have found by then that the folder is no model.
-    assert process.returncode in (130, 1)
+    # On a fast machine sample.py may have found by then that the folder is no model, and be on its way out,
+    # when Python has given the signal back to the system.
+    assert process.returncode in ((130, 1, -signal.SIGINT) if script == "sample.py" else (130, 1))
     last = out.strip().splitlines()[-1]
     assert last.startswith(f"{script}: stopped") or script == "sample.py"
 
