@@ -84,6 +84,7 @@ def test_an_evaluation_that_is_asked_to_stop_gives_nothing(policy):
     assert asked == ({}, [])
 
 
+@pytest.mark.slow
 def test_warm_up_teaches_and_is_a_function_of_its_seed():
     task = data.load_task("arithmetic", digits=1, worked_share=0.0, eval_problems=5)
     losses = []

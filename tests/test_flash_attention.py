@@ -101,6 +101,7 @@ OWN_LENGTHS = st.lists(st.sampled_from([0, 1, 7, 35]), max_size=3)
 GROUPS = st.lists(st.tuples(PROMPT_LENGTHS, OWN_LENGTHS), min_size=1, max_size=2)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(GROUPS, st.sampled_from([1, 3]), st.sampled_from([1, 2]))
 def test_attention_of_any_segments(groups, R, K):

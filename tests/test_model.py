@@ -671,6 +671,7 @@ LENGTHS = st.tuples(
 BATCH = st.lists(LENGTHS, min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(BATCH, st.integers(1, 400))
 @example([(10, [20] * 9)], 120)

@@ -412,6 +412,7 @@ def opened(tab, folder, hash=""):
     return tab
 
 
+@pytest.mark.slow
 @no_browser
 def test_click_filter_and_keys(tab, tmp_path):
     opened(tab, a_run(tmp_path))

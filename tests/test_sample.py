@@ -222,6 +222,7 @@ def test_draws_follow_the_exact_distribution(temperature, options):
     assert torch.allclose(logp.double(), exact.log()[token], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_exact_distribution_of_a_huge_vocabulary():
     """151,936 words, half of the mass spread thinly over all: cells of 1,187 words check every block."""
     V, n = 151_936, 1_600

@@ -130,6 +130,7 @@ def test_truncation_of_a_real_vocabulary():
     close(logp, want_logp)  # which a word more or less would move
 
 
+@pytest.mark.slow
 @quick
 @given(
     V=st.integers(1, 250),
