@@ -15,6 +15,15 @@ tokens of a slot, V vocabulary.
 
 import torch
 
+# Prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations.
+PREFILL_TOKENS = 8192
+# A GPU has the memory, and each prefill costs its host as much as a dozen steps.
+PREFILL_TOKENS_TRITON = 32768
+
+# Completions that may be this long are sampled on packed weights: copying them takes
+# as long as a dozen steps save.
+PACK_STEPS = 16
+
 
 class Cache:
     """Keys and values: prompts (L, places, K, P, E), read by all rows of a group, and

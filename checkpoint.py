@@ -105,9 +105,9 @@ def newest(out_dir: str | Path, run: str | None = None) -> Path | None:
     return None
 
 
-def count(out_dir: str | Path) -> int:
-    """How many folders there are that were saved as a checkpoint, whole or not."""
-    return len(_candidates(Path(out_dir) / "ckpt"))
+def has_any(out_dir: str | Path) -> bool:
+    """Whether there is anything that was saved as a checkpoint, whole or not."""
+    return bool(_candidates(Path(out_dir) / "ckpt"))
 
 
 def sweep(out_dir: str | Path) -> None:
@@ -234,24 +234,6 @@ def truncate_metrics(path: str | Path, step: int) -> int:
         _fsync(tmp)
         os.replace(tmp, path)
     return len(lines) - len(kept)
-
-
-def refuse_small_disk(out_dir: str | Path, *, bytes_each: int, saves: int, keep: int) -> None:
-    """Raises ValueError where the disk of out_dir has less room than the checkpoints to come need at once.
-
-    bytes_each: of one checkpoint; saves: how many are to come; keep: as `save` has it.
-    """
-    most = saves
-    if keep:  # one more than are kept, while the newest is written; some may be there already
-        most = min(saves, max(1, keep + 1 - count(out_dir)))
-    need, free = most * bytes_each, shutil.disk_usage(out_dir).free
-    if need > free:
-        each = f"{most} of {bytes_each / 1e9:.3g} GB"
-        raise ValueError(
-            f"the disk of {str(out_dir)!r} has {free / 1e9:.3g} GB free, and this run's checkpoints need "
-            f"about {need / 1e9:.3g} GB ({each}): free some, keep fewer (--keep=1), or choose another disk "
-            "(--out_dir=PATH); --force=True starts all the same"
-        )
 
 
 def writable(out_dir: str | Path) -> None:

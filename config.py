@@ -555,6 +555,16 @@ def model_name(c: Config) -> str:
     return "of random weights" if c.scratch is not None else c.model
 
 
+def task_name(c: Config) -> str:
+    """The task for a person: its name, or that of the config file's function."""
+    return c.task if isinstance(c.task, str) else c.task.__name__
+
+
+def shown(value) -> str:
+    """A key's value as a config file would have it."""
+    return getattr(value, "__name__", repr(value))
+
+
 def differences(c: Config) -> dict:
     """The keys whose values differ from the defaults."""
     defaults = dataclasses.asdict(Config())

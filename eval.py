@@ -70,8 +70,7 @@ def main(cfg):
     rows = task.eval[: cfg.eval_problems]
     options = configs.evaluation_options(cfg)
     metrics, _ = evaluate(sampler, tokenizer, rows, functions, stop_ids=stop_ids, **options)
-    task_name = cfg.task if isinstance(cfg.task, str) else cfg.task.__name__
-    print(f"{cfg.model} on {task_name}: {summary(metrics)}")
+    print(f"{cfg.model} on {configs.task_name(cfg)}: {summary(metrics)}")
 
 
 if __name__ == "__main__":

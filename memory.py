@@ -18,12 +18,13 @@ import sys
 
 import torch
 
+from cache import PACK_STEPS, PREFILL_TOKENS, PREFILL_TOKENS_TRITON
 from cache import cache_bytes, group_places, logits_bytes
 from kernels.logprob import CHUNK_BYTES, GPU_CHUNKS
 
 TOKENIZER = 120_000_000  # bytes of transformers' tokenizers, once they are imported
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384  # a weight: 4 bits, a byte a block of 64, fp32 a block of 256 of those
-PREFILL = {"cpu": 8192, "cuda": 32_768}  # prompt tokens at once, as rollout.py has them
+CPU_TOKENS = 8192  # of a micro-batch that is chosen: a CPU gains nothing from more
 
 
 # ------------------------------------------------------------------------------------------ how many numbers
@@ -112,9 +113,10 @@ def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=
     sizes = dict(groups=groups, slots=slots, prompt_tokens=prompt_tokens, new_tokens=cfg.max_new_tokens)
     cache = cache_bytes(shape, width, **sizes)
     one_layer = kept_per_token(shape, "offload")
-    prefill = min(prompts * prompt_tokens, PREFILL[device]) * one_layer * width
+    at_once = PREFILL_TOKENS_TRITON if first else PREFILL_TOKENS
+    prefill = min(prompts * prompt_tokens, at_once) * one_layer * width
     sampling = {"keys and values": cache, "logits": logits_bytes(shape, slots), "prefill": prefill}
-    if device == "cpu" and cfg.max_new_tokens >= 16:
+    if device == "cpu" and cfg.max_new_tokens >= PACK_STEPS:
         sampling["packed matrices"] = packed_bytes(cfg, shape, width)
     if shared_by > 1:
         sampling["gathered weights"] = parameters(shape) * width
@@ -151,8 +153,7 @@ def held_always(cfg, shape, device: str, merged=None, shared_by=1) -> dict[str, 
         held["adapter"] = 4 * trained
         held["optimiser"] = int(moments * trained)
         if merged is None:
-            can = not cfg.lora_dropout and cfg.base != "nf4" and cfg.lora_merge != "off"
-            merged = cfg.lora_merge == "on" or (can and device == "cuda")
+            merged = may_merge(cfg) and (cfg.lora_merge == "on" or device == "cuda")
         if merged:
             targets = [projections(shape)[name] for name in cfg.lora_targets]
             held["merged weights"] = shape.L * sum(targets) * width
@@ -168,6 +169,13 @@ def held_always(cfg, shape, device: str, merged=None, shared_by=1) -> dict[str, 
             if name in held:
                 held[name] //= shared_by
     return held
+
+
+def may_merge(cfg) -> bool:
+    """Whether adapters can be merged into a copy of their weights; on a GPU that is a matter of room, too."""
+    if not cfg.lora_rank or cfg.lora_merge == "off" or cfg.lora_dropout:
+        return False
+    return cfg.base != "nf4" and not cfg.shard  # the copy would be four times what is held, or whole
 
 
 def trained_numbers(cfg, shape) -> int:
@@ -222,6 +230,12 @@ def head_gradient(cfg, shape, device: str) -> int:
         return 0
     copies = 3 if shape.tied and device == "cpu" else 1
     return copies * 4 * shape.V * shape.D
+
+
+def step_tokens(cfg, prompt_tokens: int, world=1) -> int:
+    """Tokens of an update at most: every completion as long as it may be."""
+    prompts = cfg.prompts_per_step // cfg.minibatches // world
+    return prompts * (prompt_tokens + cfg.group_size * cfg.max_new_tokens)
 
 
 def held_by_python() -> int:

@@ -78,20 +78,14 @@ def size_of(model: str) -> str:
 def on_a_card(cfg, shape, gpu_gb: float, prompt_tokens: int) -> tuple[dict, int]:
     """(phases, tokens of a micro-batch) on a GPU of so many GB. micro_tokens=0 is chosen as train.py does."""
     tokens = cfg.micro_tokens or automatic_tokens(cfg, shape, gpu_gb, prompt_tokens)
-    whole = step_tokens(cfg, prompt_tokens)
+    whole = memory.step_tokens(cfg, prompt_tokens)
     options = dict(prompt_tokens=prompt_tokens, one_batch=whole <= tokens, merged=merges(cfg, shape, gpu_gb))
     return memory.plan(cfg, shape, device="cuda", tokens=min(tokens, whole), **options), min(tokens, whole)
 
 
-def step_tokens(cfg, prompt_tokens: int) -> int:
-    """Tokens of an update at most: every completion as long as it may be."""
-    per_update = cfg.prompts_per_step // cfg.minibatches
-    return per_update * (prompt_tokens + cfg.group_size * cfg.max_new_tokens)
-
-
 def merges(cfg, shape, gpu_gb: float) -> bool:
     """Whether adapters are merged: run.merges_adapters, before there is a model."""
-    if not cfg.lora_rank or cfg.lora_merge == "off" or cfg.base == "nf4" or cfg.lora_dropout:
+    if not memory.may_merge(cfg):
         return False
     with_copy = memory.held_always(cfg, shape, "cuda", merged=True)
     free = USABLE * gpu_gb * 1e9 - memory.total(with_copy) + with_copy["merged weights"]

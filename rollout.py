@@ -38,21 +38,13 @@ import torch
 import cache
 import decode
 import progress
+from cache import PACK_STEPS, PREFILL_TOKENS, PREFILL_TOKENS_TRITON
 from cache import cache_bytes, group_places, plan_places, plan_slots
 from decode import Slots, upload
 from kernels import sample as sampling
 from kernels.logprob import logits_fp32, truncate_
 from kernels.packed_linear import packed_copy
 from model import Packed
-
-# Prompt tokens in one prefill: enough to fill the matmuls, few enough to bound the activations.
-PREFILL_TOKENS = 8192
-# A GPU has the memory, and each prefill costs its host as much as a dozen steps.
-PREFILL_TOKENS_TRITON = 32768
-
-# Completions that may be this long are sampled on packed weights: copying them takes
-# as long as a dozen steps save.
-PACK_STEPS = 16
 
 
 @dataclass

@@ -33,7 +33,7 @@ import rundir
 import shard
 import warmup
 from fingerprint import hash_of_weights
-from memory import Peaks, held_by_python
+from memory import Peaks, held_by_python, may_merge
 from policy import find_model, load_policy, pick_device, save_policy
 from rollout import Sampler
 
@@ -158,7 +158,7 @@ class Run:
         changed = rundir.check_resumable(keys, self.keys, self.out)
         found = checkpoint.newest(self.out, before.get("run"))
         if found is None:
-            if checkpoint.count(self.out):
+            if checkpoint.has_any(self.out):
                 raise ValueError(
                     f"no checkpoint in {self.out / 'ckpt'} is whole and of this run, so there is nothing to "
                     "resume: to begin anew, leave out --resume, and what is there is moved aside"
@@ -441,11 +441,11 @@ def merges_adapters(cfg, model) -> bool:
     the reference needs W. "auto": on a GPU with room for that copy four times over, without dropout, and
     never on a base in 4 bits, which that copy would be four times of.
     """
-    if not cfg.lora_rank or cfg.lora_merge == "off" or cfg.base == "nf4" or cfg.shard:
+    if not may_merge(cfg):
         return False
     if cfg.lora_merge == "on":
         return True
-    if model.device.type != "cuda" or cfg.lora_dropout:
+    if model.device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(model.device)
     return 4 * lora.merged_bytes(model) < free

@@ -43,7 +43,7 @@ def header(run):
     say("differs from the defaults:")
     width = columns_of_screen() or 110
     for key, value in configs.differences(cfg).items():
-        say(paint(cut(f"  {key} = {getattr(value, '__name__', repr(value))}", width), "dim"))
+        say(paint(cut(f"  {key} = {configs.shown(value)}", width), "dim"))
     say(run.kernels)
     if rewarding.runs_code(run.rewards):
         say(what_is_isolated(cfg.sandbox))
@@ -57,11 +57,10 @@ def header(run):
 def what_it_is(run) -> str:
     """GRPO on gsm8k: 300 steps of 16 prompts x 16 completions of up to 512 tokens, into out/gsm8k"""
     cfg = run.cfg
-    task = cfg.task if isinstance(cfg.task, str) else cfg.task.__name__
     size = (
         f"{cfg.prompts_per_step} prompts x {cfg.group_size} completions of up to {cfg.max_new_tokens} tokens"
     )
-    return f"GRPO on {task}: {cfg.steps} steps of {size}, into {run.out}"
+    return f"GRPO on {configs.task_name(cfg)}: {cfg.steps} steps of {size}, into {run.out}"
 
 
 def cut(text: str, width: int) -> str:
@@ -105,8 +104,8 @@ def planned(run, prompt_tokens: int, tokens: int, one_batch: bool) -> dict:
 def memory_plan(run, prompt_tokens: int) -> str:
     """What each phase will hold, if every completion is as long as it may be."""
     cfg, device = run.cfg, run.model.device
-    step = cfg.prompts_per_step // world() * (prompt_tokens + cfg.group_size * cfg.max_new_tokens)
-    tokens = run.micro_tokens or 8192
+    step = memory.step_tokens(cfg, prompt_tokens, world())
+    tokens = run.micro_tokens or memory.CPU_TOKENS
     if device.type == "cuda" and not run.micro_tokens:
         held = memory.total(planned(run, prompt_tokens, 0, True)["save"])
         room = torch.cuda.get_device_properties(device).total_memory

@@ -22,7 +22,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 import lora
 import optim
 import ranks
+from cache import free_bytes
 
 
 # ------------------------------------------------------------------------------------------ the model
@@ -238,23 +238,15 @@ def refuse_too_large(copy, device: str):
     if device.startswith("cuda"):
         room = torch.cuda.mem_get_info(device)[0]
     else:
-        room = available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        whole_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = min(free_bytes(torch.device("cpu")), whole_machine)
+        room = available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if need > room:
         raise ValueError(
             f"shard = True gathers all weights for sampling, {need / 1e9:.3g} GB in each process, and "
             f"{room / 1e9:.3g} GB are free: take --dtype=bfloat16, or a smaller model"
         )
     ranks.say(f"sharded over {ranks.world()} processes; for sampling each gathers {need / 1e9:.3g} GB")
-
-
-def available_bytes() -> int:
-    """What the machine's memory has left, as Linux estimates it; all of it elsewhere."""
-    path = Path("/proc/meminfo")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # ------------------------------------------------------------------------------------------ the optimiser

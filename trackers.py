@@ -90,8 +90,8 @@ class Trackers:
 
 
 # --------------------------------------------------------------------------------------------- the hub
-def push(run, before: dict, after: dict) -> str:
-    """Uploads the last checkpoint, with a card, to the repository cfg.push_to_hub. Returns what to say.
+def push(run, before: dict, after: dict) -> tuple[bool, str]:
+    """Uploads the last checkpoint, with a card, to cfg.push_to_hub. Returns whether it went, and a sentence.
 
     before, after: metrics of evaluations, empty where there was none. The optimiser's state stays here.
     """
@@ -108,8 +108,8 @@ def push(run, before: dict, after: dict) -> str:
         api.upload_folder(folder_path=str(folder), repo_id=name, ignore_patterns=ours)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
-        return f"not pushed to {name}: {reason}; the checkpoint is safe: hf upload {name} {folder}"
-    return f"pushed to https://huggingface.co/{name}"
+        return False, f"not pushed to {name}: {reason}; the checkpoint is safe: hf upload {name} {folder}"
+    return True, f"pushed to https://huggingface.co/{name}"
 
 
 def model_card(run, before: dict, after: dict) -> str:
@@ -123,13 +123,13 @@ def model_card(run, before: dict, after: dict) -> str:
             rows.append(f"| {when} | {metrics['eval/strict']:.1%} | {interval} | {length} |")
     settings = []
     for key, value in configs.differences(cfg).items():
-        settings.append(f"{key} = {getattr(value, '__name__', repr(value))}")
+        settings.append(f"{key} = {configs.shown(value)}")
     return CARD.format(
         base="" if cfg.scratch else f"base_model: {cfg.model}\n",
         name=cfg.push_to_hub.rpartition("/")[2],
         what=what_is_trained(run),
         step=run.state["step"],
-        task=cfg.task if isinstance(cfg.task, str) else cfg.task.__name__,
+        task=configs.task_name(cfg),
         results="\n".join(rows) or "| not evaluated | | | |",
         settings="\n".join(settings),
     )

@@ -115,7 +115,8 @@ def train_step(run, number: int) -> dict:
     step = begin_step(run, number)  # its rows, temperature, rate: functions of the config and of `number`
 
     # Sample G completions of each prompt and score them. Every rank works on its own prompts, and from here
-    # on every rank knows all rewards: a baseline, a scale or a mean may need them.
+    # on every rank knows all rewards: a baseline, a scale or a mean may need them. Weights that are spread
+    # over ranks (shard.py) are whole inside, for the sampler.
     with run.whole_weights():
         batch = draw(run, step)
 
@@ -167,11 +168,11 @@ def draw(run, step) -> Batch:
     step.drawn = step.scores = gather_scores(batch)
     if step.number == 1 and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
-        found = gather((missing_form(step.rewards, batch.texts), len(batch.texts)))
-        missing = None
-        if found[0][0]:
-            share = sum(lost for (_, lost), _ in found) / sum(texts for _, texts in found)
-            missing = found[0][0][0], share
+        # Of each rank the reward whose form is missing most, and in how many answers.
+        of_ranks, missing = gather(missing_form(step.rewards, batch.texts)), None
+        if of_ranks[0]:
+            label, lost = of_ranks[0][0], sum(lost for _, lost in of_ranks)
+            missing = label, lost / len(step.drawn.stopped)
         refuse_hopeless(
             step.drawn.rewards,
             step.drawn.stopped,
@@ -334,7 +335,7 @@ def choose_micro_tokens(run) -> int:
     """
     device = run.model.device
     if device.type != "cuda":
-        return 8192
+        return memory.CPU_TOKENS
     torch.cuda.empty_cache()  # what torch holds and does not use counts as free
     free, _ = torch.cuda.mem_get_info(device)
     tokens = memory.micro_tokens_for(free, run.cfg, run.model.shape, "cuda")
@@ -409,6 +410,8 @@ def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
     # gradient by rounding only.
     model, stats = run.model, {}
     micro = micro_batches(batch, groups, run.micro_tokens)
+    # Where ranks share the weights they compute in step: one with fewer micro-batches joins in with empty
+    # ones.
     nothing = ([], *shard.NOTHING)
     for numbers, prompts, completions in shard.rounds(micro, model, nothing, run.reference):
         if not numbers:
@@ -675,9 +678,9 @@ def main(cfg) -> int:
     if rank() == 0:
         say_report(run)
         if cfg.push_to_hub:
-            pushed = push(run, before[0] if before else {}, after[0] if after else {})
-            say(pushed)
-            status = int(pushed.startswith("not"))
+            pushed, sentence = push(run, before[0] if before else {}, after[0] if after else {})
+            say(sentence)
+            status = 0 if pushed else 1
         what_next(run)
     log.close(run.out / "report.html")
     return status

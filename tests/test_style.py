@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "shape": set(),
     "cache": set(),
     "rundir": {"checkpoint"},
-    "shard": {"lora", "optim", "ranks"},
+    "shard": {"cache", "lora", "optim", "ranks"},
     "fingerprint": set(),
     "progress": set(),
     "memory": {"cache"},
