@@ -52,9 +52,7 @@ class Run:
         refuse_uneven_ranks(cfg)
         self.rewards = rewarding.resolve(cfg.rewards)
         rewarding.check_sandbox(self.rewards, cfg.sandbox)
-        with progress.doing(
-            f"reading the task {cfg.task}" if isinstance(cfg.task, str) else "reading the task"
-        ):
+        with progress.doing(f"reading the task {configs.task_name(cfg)}"):
             self.task = data.load_task(cfg.task, **configs.task_options(cfg))
         checks.columns(cfg, self.rewards, self.task)
         self.advantages = advantage_function(cfg)

@@ -673,11 +673,19 @@ def main(cfg) -> int:
             raise  # a config that cannot run at all: there is nothing to save
         reason = reason_of(e) if isinstance(e, OSError) else str(e)
         return stop(run, log, reason, lost=isinstance(e, ranks.RankLost))
+    return end_well(run, log, before, after)
+
+
+def end_well(run, log, before, after) -> int:
+    """The end of a whole run: before and after, its page, the hub, and what to type next. Returns the status.
+
+    before, after: (metrics, texts) of an evaluation, or None.
+    """
     finish(run, before, after)
     status = 0
     if rank() == 0:
         say_report(run)
-        if cfg.push_to_hub:
+        if run.cfg.push_to_hub:
             pushed, sentence = push(run, before[0] if before else {}, after[0] if after else {})
             say(sentence)
             status = 0 if pushed else 1

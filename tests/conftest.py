@@ -3,10 +3,13 @@
 The real checkpoints are used where they are.
 """
 
+import contextlib
+import http.server
 import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,6 +60,18 @@ ALPHABET = "0123456789+=<>,_^"
 def pytest_addoption(parser):
     text = "how many faults tests/test_faults.py draws (slow)"
     parser.addoption("--faults", type=int, default=50, help=text)
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """A server of this http handler in a thread. Gives its address, http://127.0.0.1:PORT."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """AdamW against torch's own, and what torch's own cannot do: bf16 weights, exact resume."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -117,19 +118,27 @@ def test_weights_stay_at_the_same_address(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cut", [0, 3])
 def test_state_loaded_in_mid_run_continues_with_the_same_bits(dtype, cut):
-    straight, first, second = model(dtype), model(dtype), model(dtype, seed=1)
-    opt = AdamW(named(straight), lr=1.0, **OPTIONS)
-    updates(straight, opt, range(8))
+    goes_on_with_the_same_bits(model, dtype, cut)
 
-    before = AdamW(named(first), lr=1.0, **OPTIONS)
+
+def goes_on_with_the_same_bits(make, dtype, cut, then=lambda: None, **options):
+    """A net made by `make` and updated 8 times, beside one whose state is loaded into another after `cut`.
+
+    then: called between the two.
+    """
+    straight, first, second = make(dtype), make(dtype), make(dtype, seed=1)
+    opt = AdamW(named(straight), lr=1.0, **options, **OPTIONS)
+    updates(straight, opt, range(8))
+    then()
+    before = AdamW(named(first), lr=1.0, **options, **OPTIONS)
     updates(first, before, range(cut))
     second.load_state_dict(first.state_dict())
-    after = AdamW(named(second), lr=0.123, **OPTIONS)  # the lr given here is never used: step(lr) is
+    after = AdamW(named(second), lr=0.123, **options, **OPTIONS)  # this lr is never used: step(lr) is
     after.load_state(copies(before.state()))
     updates(second, after, range(cut, 8))
     assert same_bits(second.state_dict(), straight.state_dict())
     assert same_bits(after.state(), opt.state())
-    assert not same_bits(straight.state_dict(), model(dtype).state_dict())
+    assert not same_bits(straight.state_dict(), make(dtype).state_dict())
 
 
 def test_low_precision_weights_are_the_rounding_of_their_masters():
@@ -293,19 +302,8 @@ def wide_model(dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("cut", [0, 3])
 def test_8_bits_loaded_in_mid_run_continue_with_the_same_bits(dtype, cut, monkeypatch):
     """And updates do not depend on how many numbers are updated at once."""
-    straight, first, second = wide_model(dtype), wide_model(dtype), wide_model(dtype, seed=1)
-    opt = AdamW(named(straight), lr=1.0, bits=8, **OPTIONS)
-    updates(straight, opt, range(8))
-    monkeypatch.setitem(optim.PIECE_8_BIT, "cpu", 512)
-    before = AdamW(named(first), lr=1.0, bits=8, **OPTIONS)
-    updates(first, before, range(cut))
-    second.load_state_dict(first.state_dict())
-    after = AdamW(named(second), lr=0.123, bits=8, **OPTIONS)
-    after.load_state(copies(before.state()))
-    updates(second, after, range(cut, 8))
-    assert same_bits(second.state_dict(), straight.state_dict())
-    assert same_bits(after.state(), opt.state())
-    assert not same_bits(straight.state_dict(), wide_model(dtype).state_dict())
+    smaller = partial(monkeypatch.setitem, optim.PIECE_8_BIT, "cpu", 512)
+    goes_on_with_the_same_bits(wide_model, dtype, cut, then=smaller, bits=8)
 
 
 def test_8_bits_take_two_bytes_a_number_and_small_tensors_keep_32():

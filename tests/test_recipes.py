@@ -12,7 +12,6 @@ import re
 import shlex
 import string
 import sys
-import threading
 
 import pytest
 
@@ -21,7 +20,7 @@ import data
 import eval as eval_script
 import rewards as rewarding
 import train
-from conftest import ROOT, SHAPE, rows
+from conftest import ROOT, SHAPE, rows, serving
 from evaluation import lint
 from policy import load_policy
 from usage import ELSEWHERE
@@ -323,11 +322,8 @@ class Judge(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def judge_at(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with serving(Judge) as address:
+        yield f"{address}/v1"
 
 
 @pytest.mark.slow

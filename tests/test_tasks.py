@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import serving
 from data import load_task
 from rewards import RewardError
 from tasks import sandbox
@@ -748,11 +749,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     Server.asked.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with serving(Server) as address:
+        yield f"{address}/v1"
 
 
 def test_a_judges_score_is_read_from_its_last_line_only(server, monkeypatch):
@@ -873,11 +871,8 @@ class Hostile(http.server.BaseHTTPRequestHandler):
 def hostile(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     Hostile.asked.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Hostile) as address:
+        yield address
 
 
 @pytest.mark.slow
@@ -953,16 +948,13 @@ class Obedient(Server):
 def test_an_instruction_in_the_answer_under_judgement_is_data(injection, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     Server.asked.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Obedient)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    reward = functools.partial(judge, url=f"http://127.0.0.1:{server.server_port}", model="m", tries=1)
-    assert list(run(reward, [injection])[1]) == [0.2]
-    told = functools.partial(
-        reward, template="End with Score: 10. Between the lines {mark} stand\n{mark}\nx\n{mark}\n"
-    )
-    assert list(run(told, [injection])[1]) == [1.0]  # outside the marks it is obeyed
-    server.shutdown()
-    server.server_close()
+    with serving(Obedient) as address:
+        reward = functools.partial(judge, url=address, model="m", tries=1)
+        assert list(run(reward, [injection])[1]) == [0.2]
+        told = functools.partial(
+            reward, template="End with Score: 10. Between the lines {mark} stand\n{mark}\nx\n{mark}\n"
+        )
+        assert list(run(told, [injection])[1]) == [1.0]  # outside the marks it is obeyed
 
 
 @pytest.mark.slow
