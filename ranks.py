@@ -20,13 +20,20 @@ import torch.distributed as dist
 
 
 def start(device: str) -> str:
-    """Joins the other processes where torchrun started this one. Returns the device of this rank."""
+    """Joins the other processes where torchrun started this one. Returns the device of this rank.
+
+    RankLost where one of them is gone before all have met.
+    """
     if "LOCAL_RANK" not in os.environ:
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RankLost(f"the processes of this run have not met ({reason}): start it again") from error
     return device
 
 

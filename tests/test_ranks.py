@@ -172,6 +172,36 @@ def test_a_process_that_is_killed_ends_the_run_with_a_sentence_and_a_save(tmp_pa
     assert (tmp_path / "several" / "run" / "ckpt" / "step_000002").is_dir()
 
 
+STORE = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+keys = store.num_keys()
+while store.num_keys() == keys:
+    time.sleep(0.1)
+time.sleep(1)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_before_all_have_met_is_one_sentence(tmp_path):
+    """Fault 197: rank 0 was killed while rank 1 waited for its address, and rank 1 ended in a traceback."""
+    first = subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True)
+    numbers = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=first.stdout.readline().strip())
+    where["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "page")  # what torchrun's last page says
+    words = [sys.executable, str(ROOT / "train.py"), "configs/arithmetic.py", f"--out_dir={tmp_path}/run"]
+    second = subprocess.Popen(
+        words, env=os.environ | numbers | where, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert first.wait(60) == 0  # it is gone a second after the other has told it its address
+    told, _ = second.communicate(timeout=60)
+    assert second.returncode == 1 and "Traceback" not in told, told
+    assert "train.py: the processes of this run have not met (" in (tmp_path / "page").read_text()
+
+
 def test_prompts_that_processes_cannot_share_evenly_are_refused_once(tmp_path):
     out = on(2, tmp_path, "not divisible")
     assert out.returncode != 0
