@@ -428,13 +428,13 @@ def plain_ids(tokenizer, messages: list[dict], prefill: str) -> list[int]:
     return ids
 
 
-def encode(tokenizer, text: str, *, special: bool = False) -> list[int]:
-    """Ids of a text, with the tokenizer's own BOS and the like where `special`.
+def encode(tokenizer, text: str, *, special: bool = False, **options) -> list[int]:
+    """Ids of a text, with the tokenizer's own BOS and the like where `special`. options: of its encode().
 
     ValueError names characters that it does not know.
     """
     try:
-        return tokenizer.encode(text, add_special_tokens=special)
+        return tokenizer.encode(text, add_special_tokens=special, **options)
     except Exception as e:  # tokenizers raises nothing narrower
         known = tokenizer.get_vocab()
         unknown = "".join(c for c in dict.fromkeys(text) if c not in known)

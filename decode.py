@@ -74,17 +74,16 @@ class GridAttention:
         self.mask = torch.full(shape, float("-inf"), dtype=model.dtype, device=device)
         self.state = (self.mask,)  # moves with its row
         self.prompt_position = torch.arange(cache.P, device=device)
+        self.own_position = torch.arange(cache.C, device=device)
         self.slots = torch.arange(slots, device=device)
         # where each slot's and key head's own keys start, as if own_k were flat
         self.first_key = torch.arange(slots * K, device=device).view(slots, K) * cache.C
 
-    def enter(self, slots, prompt_lengths):
-        """New rows are in slots (i,): each sees its prompt, prompt_lengths (i,), and nothing of its own
-        yet.
-        """
-        seen = self.prompt_position < prompt_lengths[:, None]  # (i, P)
-        self.mask[slots] = float("-inf")
-        self.mask[slots, 0, 0, : self.cache.P] = torch.where(seen, 0.0, float("-inf")).to(self.mask.dtype)
+    def enter(self, slots, prompt_lengths, own):
+        """Rows are in slots (i,): each sees its prompt, prompt_lengths (i,), and its first own (i,) keys."""
+        prompt = self.prompt_position < prompt_lengths[:, None]  # (i, P)
+        seen = torch.cat([prompt, self.own_position < own[:, None]], 1)  # (i, P + C)
+        self.mask[slots, 0, 0] = torch.where(seen, 0.0, float("-inf")).to(self.mask.dtype)
 
     def seat(self, places: list[int]):
         """Lays the grid for live rows whose prompts are in `places`. It costs about as much as a layer."""
@@ -155,16 +154,12 @@ class TableAttention:
     def __init__(self, cache: Cache, slots: int, model):
         self.cache = cache
         slot = torch.arange(slots, device=model.device)
-        # (slots, 6) as flash.Tiles.queries: a slot's one query, how many own keys come before it, where its
-        # prompt and its own keys lie, and the prompt's length in between
-        self.table = torch.zeros(slots, 6, dtype=torch.long, device=model.device)
-        self.table[:, 0] = slot
-        self.table[:, 1] = 1
-        self.table[:, 5] = slot * (model.shape.K * cache.C)
+        nothing = torch.zeros_like(slot)
+        self.table = table_of(cache, slot, nothing, nothing, nothing)
         self.state = ()  # `seat` and `advance` write all that depends on the row
 
-    def enter(self, slots, prompt_lengths):
-        """New rows are in slots (i,); `seat` and `advance` say the rest."""
+    def enter(self, slots, prompt_lengths, own):
+        """Rows are in slots (i,); `seat` and `advance` say the rest."""
 
     def seat(self, places: list[int]):
         """The prompts of live rows are in these places."""
@@ -183,6 +178,18 @@ class TableAttention:
         q = rope.rotate_into_cache(qk, v, cos, sin, own_k, own_v, self.table[:n, 2])
         decode = flash.flash_decode if flash.on_triton(q) else decode_ref
         return decode(q, prompt_k, prompt_v, own_k, own_v, self.table[:n])
+
+
+def table_of(cache: Cache, slots, places, own, prompt_lengths):
+    """The table (n, 6) of n queries, as flash.Tiles.queries. All arguments are (n,) int64.
+
+    That is a query's number, 1, how many own keys come before it, where its prompt's keys lie, how many these
+    are, and where its own lie. slots, places: of the cache.
+    """
+    K = cache.own_k.shape[2]
+    number = torch.arange(len(slots), device=slots.device)
+    columns = (number, torch.ones_like(number), own, places * (K * cache.P), prompt_lengths)
+    return torch.stack([*columns, slots * (K * cache.C)], 1)
 
 
 def attention_form(model):
@@ -277,15 +284,21 @@ class Slots:
         """Forgets the model and the draw of the call, and with them the packed weights."""
         self.model = self.choose = None
 
-    def enter(self, slots, token, prompt_lengths, limits, keys):
-        """Rows go into slots (i,): each feeds `token` and has nothing of its own yet. keys (i, <= C + 1)."""
+    def enter(self, slots, token, prompt_lengths, own, limits, keys):
+        """Rows go into slots (i,): each feeds `token`, behind own (i,) tokens there. keys (i, <= C + 1)."""
         self.token[slots] = token
-        self.own[slots] = 0
+        self.own[slots] = own
         self.prompt_length[slots] = prompt_lengths
         self.limit[slots] = limits
         self.done[slots] = False
         self.keys[slots, : keys.shape[1]] = keys
-        self.attention.enter(slots, prompt_lengths)
+        self.attention.enter(slots, prompt_lengths, own)
+
+    def park(self, slots, own, longest: int):
+        """The rows in slots (i,) wait there with own (i,) tokens, longest at most: no step advances them."""
+        self.own[slots] = own
+        self.done[slots] = True
+        self.filled = max(self.filled, longest)
 
     def seat(self, places: list[int]):
         """The prompts of live rows, which are in slots 0, 1, .., are in these places of the cache."""
@@ -315,8 +328,10 @@ class Slots:
         self.drawn[:, :, :n].index_copy_(1, self.number, drawn[:, None])
         self.number += 1
         self.token[:n] = token
-        done |= self.stop[token] | (own + 2 >= self.limit[:n])
-        own += ~done  # a row that is done stays where it is: its key's place is inside its slot
+        last = self.stop[token] | (own + 2 >= self.limit[:n])
+        # A row that is done writes the key of its last token again and again, at its own place in its slot.
+        own += ~done
+        done |= last
 
     def run(self, n: int, steps: int, longest: int) -> int:
         """Starts `steps` steps of slots 0..n-1, and the copying of what they draw.
@@ -338,7 +353,7 @@ class Slots:
                 self.graph(size).replay()
             else:
                 self.step(size)
-        self.filled = min(longest + steps, self.cache.C)  # own keys of any row at most, for `move`
+        self.filled = max(self.filled, min(longest + steps, self.cache.C))  # own keys of any row, for `move`
         which = self.launched % 2
         self.launched += 1
         self.host[which].copy_(self.drawn, non_blocking=True)

@@ -273,13 +273,13 @@ class Transformer(nn.Module):
         hidden = self(packed.ids, packed.positions, packed)  # (T, D)
         return logits_fp32(hidden, self.head)
 
-    def completion_hidden(self, prompts, completions):
+    def completion_hidden(self, prompts, completions, drawn=None):
         """(hidden (M, D), targets (M,) int64): all completion tokens, and the states that predict them.
 
         prompts: B lists of ids. completions: B groups, each a list of non-empty lists of ids. Tokens are in
-        row order. A prompt is computed once.
+        row order. A prompt is computed once. drawn: which ids were drawn (packing.Packed); M counts them.
         """
-        packed = Packed(self, prompts, completions)
+        packed = Packed(self, prompts, completions, drawn)
         return self.predictions(packed), packed.targets
 
     def predictions(self, packed: Packed):
@@ -288,17 +288,19 @@ class Transformer(nn.Module):
         # The head runs only where something is predicted: in a small model it costs as much as the layers.
         return hidden.index_select(0, packed.sources)
 
-    def completion_logprobs(self, prompts, completions, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    def completion_logprobs(self, prompts, completions, *, drawn=None, temperature=1.0, top_k=0, top_p=1.0,
+                            min_p=0.0):  # fmt: skip
         """Log-probability of every completion token given all before it, and the entropy at its place.
 
-        prompts: B lists of ids. completions: B groups, each a list of non-empty lists of ids. temperature,
-        top_k, top_p, min_p: of the distribution, as in sampling.
+        prompts: B lists of ids. completions: B groups, each a list of non-empty lists of ids. drawn: which
+        ids were drawn (packing.Packed); only they are scored. temperature, top_k, top_p, min_p: of the
+        distribution, as in sampling.
 
         Returns flat (M,) tensors over all completion tokens in row order: logp and entropy, both fp32 and in
         nats, and rows, int64, the completion (numbered over all groups) that a token belongs to. Gradients
         flow. A prompt is computed once.
         """
-        packed = Packed(self, prompts, completions)
+        packed = Packed(self, prompts, completions, drawn)
         hidden = self.predictions(packed)  # (M, D)
         whole = not any_truncation((top_k, top_p, min_p))
         if whole and scoring.on_triton(hidden) and not torch.is_grad_enabled():

@@ -9,6 +9,9 @@
     sources     1  2    1           where 3, 4 and 5 are predicted from
     targets     3  4    5
 
+`drawn` says which ids of a completion the model drew: the others were given to it (turns.py), are seen by
+what follows, and are not scored.
+
 A group of G completions costs P + G C tokens instead of G (P + C), and the prompt gets the gradients of all
 G. No padding reaches a matmul, and nothing here asks what a token's value is: a pad id, a stop id in the
 middle of a completion or a repeated prompt are all just tokens.
@@ -16,6 +19,8 @@ middle of a completion or a repeated prompt are all just tokens.
 Dims: T tokens of the stream, M scored tokens, B prompts, G completions a prompt, P prompt length, C
 completion length, D width, H query heads, K key/value heads, E head width.
 """
+
+from itertools import compress
 
 import torch
 
@@ -33,15 +38,17 @@ class Packed:
     model: a Transformer, asked for its context, heads, device and dtype only. prompts: B non-empty lists of
     ids. completions: B groups, each a list of non-empty lists of ids; a group may be empty.
 
+    drawn: of each completion, in their order, which of its ids were drawn, a bool an id; None: all.
+
     ids, positions (T,): the stream. The last token of a completion predicts nothing and is left out of it.
     sources (M,): where in the stream each completion token is predicted from. The shift by one exists here
-    and nowhere else. targets (M,): the token itself. rows (M,): its completion's number, counted over all
-    groups. All int64. segments: what kernels/attention.py makes its plan from.
+    and nowhere else. targets (M,): the token itself. M counts drawn tokens. rows (M,): its completion's
+    number, counted over all groups. All int64. segments: what kernels/attention.py makes its plan from.
 
     Raises ValueError for an empty prompt or completion, and for a sequence longer than the model's context.
     """
 
-    def __init__(self, model, prompts: list[Ids], completions: list[list[Ids]]):
+    def __init__(self, model, prompts: list[Ids], completions: list[list[Ids]], drawn=None):
         assert prompts and len(prompts) == len(completions), (
             f"{len(prompts)} prompts, {len(completions)} groups of completions"
         )
@@ -64,10 +71,14 @@ class Packed:
                 # It goes on from its prompt, however far from it in the stream it stands.
                 positions += range(P, P + C - 1)
                 # The first token follows the prompt's last, which is one position for all G completions.
-                sources.append(start + P - 1)
-                sources += range(own, own + C - 1)
-                targets += completion
-                rows += [row] * C
+                predicted_from = [start + P - 1, *range(own, own + C - 1)]
+                scored = completion
+                if drawn is not None and not all(drawn[row]):
+                    predicted_from = list(compress(predicted_from, drawn[row]))
+                    scored = list(compress(completion, drawn[row]))
+                sources += predicted_from
+                targets += scored
+                rows += [row] * len(scored)
                 row += 1
 
         def tensor(numbers):

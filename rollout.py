@@ -21,8 +21,11 @@ in CUDA graphs, and the host looks at the block before while the next one runs (
 Triton runs, all prompts are prefilled before the first token, because a prefill costs the host 16-35 ms
 whatever its size; a CPU, which pays for each token anyway, prefills when slots are free.
 
-What a row draws depends on (seed, step, prompt, sample, position) and on its logits alone: see
-kernels/sample.py.
+What a row draws depends on (seed, step, prompt, sample, number of the drawn token) and on its logits alone:
+see kernels/sample.py.
+
+With an environment (turns.py) a row has several turns, and gives its seat to another while it waits for a
+reply (parking.py). The reply's ids are its own then, too: given, and not drawn.
 
 Dims: B prompts, G rows a prompt, N = B*G rows, n live rows, P prompt length, D width, V vocabulary.
 """
@@ -45,20 +48,22 @@ from kernels import sample as sampling
 from kernels.logprob import logits_fp32, truncate_
 from kernels.packed_linear import packed_copy
 from model import Packed
+from parking import Parking
 
 
 @dataclass
 class Rollout:
     """N = B * group_size completions. Row n answers prompt n // group_size."""
 
-    ids: list[list[int]]  # drawn ids, the stop id included
-    # nats, of the distribution each id was drawn from; at temperature 0, of the untempered one
+    ids: list[list[int]]  # drawn ids, the stop id included, and between turns those that were given
+    # nats, of the distribution each drawn id was drawn from; at temperature 0, of the untempered one
     logprobs: list[list[float]]
-    stopped: list[bool]  # ended by a stop id; False: cut by the length limit
-    # nats, of the distribution each id was drawn from; empty lists where they were not asked for
+    stopped: list[bool]  # ended by a stop id, or by its environment; False: cut by a limit
+    # nats, of the distribution each drawn id was drawn from; empty lists where they were not asked for
     entropies: list[list[float]]
     # seconds, tokens, slot_steps, useful_slot_steps, slots, cache_bytes
     stats: dict = field(default_factory=dict)
+    drawn: list[list[bool]] = field(default_factory=list)  # of each id: drawn, and not given
 
     def group(self, b: int, group_size: int) -> list[list[int]]:
         return self.ids[b * group_size : (b + 1) * group_size]
@@ -107,16 +112,20 @@ class Sampler:
         entropy=False,
         on_group=None,
         on_token=None,
+        turns=None,
+        max_context=0,
         label="sampling",
     ) -> Rollout:
         """Draws group_size completions of each prompt.
 
-        prompts: B non-empty lists of ids. max_new_tokens: the longest completion, tokens, or a list of N, one
-        a row; a prompt near the end of the model's context gets what is left. stop_ids: any of them ends a
-        row and stays in it. temperature 0 is greedy. seed, step, prompt_numbers (default 0..B-1): the keys of
-        the draws. entropy: note that of every distribution drawn from, too. on_group(b, ids): called when the
-        last row of prompt b is finished. on_token(row, id): called for every token as it is recorded. label:
-        of the progress bar; "" shows none.
+        prompts: B non-empty lists of ids. max_new_tokens: the most tokens that a row draws, or a list of N,
+        one a row; a prompt near the end of the model's context gets what is left. stop_ids: any of them ends
+        a row and stays in it. temperature 0 is greedy. seed, step, prompt_numbers (default 0..B-1): the keys
+        of the draws. entropy: note that of every distribution drawn from, too. on_group(b, ids): called when
+        the last row of prompt b is finished. on_token(row, id): called for every token as it is recorded.
+        turns: the rows' conversations (turns.Turns); max_context: then the most tokens of a row, its prompt
+        and what it was given included (0: twice max_new_tokens behind the prompt). label: of the progress
+        bar; "" shows none.
 
         Raises ValueError for an empty prompt, a prompt that fills the context, or options out of range.
         """
@@ -131,8 +140,10 @@ class Sampler:
             block=self.asked_block,
         )
         limits = self.row_limits(prompts, group_size, max_new_tokens)
+        self.rooms = limits if turns is None else self.row_rooms(prompts, group_size, limits, max_context)
         self.open_accounts(prompts, group_size, limits, stop_ids, entropy, on_group)
-        self.on_token = on_token
+        self.on_token, self.turns = on_token, turns
+        self.parking = Parking(self, turns)
         self.prepare_slots()
         with progress.doing(label, len(limits)) as self.progress:
             try:
@@ -149,14 +160,17 @@ class Sampler:
             while self.queue and len(self.placed) < self.places:
                 self.prefill(len(self.limits))
         self.seat()  # which row is in which slot
-        while self.live:
+        while self.live or self.parking.away:
             # A GPU goes on with the next block before the host has read this one. Whatever the host decides
             # between two blocks (who leaves, who enters, who moves) is queued behind the block that runs, so
             # it acts on the state that the block leaves.
-            started = self.run_block()
-            if not started or len(self.running) > self.lag:
+            started = self.live and self.run_block()
+            if self.running and (not started or len(self.running) > self.lag):
                 self.record_block()  # a CPU the one just run, a GPU the one before
             self.seat()
+            if self.parking.worth_hearing():
+                self.parking.hear()
+                self.seat()
 
     # --------------------------------------------------------------------------------- before the first token
     def row_limits(self, prompts, group_size: int, max_new_tokens) -> list[int]:
@@ -176,6 +190,20 @@ class Sampler:
             for row, longest in enumerate(max_new_tokens)
         ]
 
+    def row_rooms(self, prompts, group_size: int, limits, max_context: int) -> list[int]:
+        """The most ids of each of the N rows behind its prompt, drawn and given together."""
+        rooms, context = [], self.model.shape.context
+        for row, limit in enumerate(limits):
+            P = len(prompts[row // group_size])
+            room = min(max_context or P + 2 * limit, context) - P
+            if room < 1:
+                raise ValueError(
+                    f"prompt {row // group_size} has {P} tokens and max_context={max_context} leaves no room "
+                    "behind it: raise max_context"
+                )
+            rooms.append(room)
+        return rooms
+
     def open_accounts(self, prompts, group_size: int, limits, stop_ids, entropy: bool, on_group):
         """What is known of each row and prompt during a call."""
         # Lists of Python numbers, because the host decides with them who leaves and who enters. The device
@@ -184,19 +212,22 @@ class Sampler:
         self.prompts, self.G, self.limits = prompts, group_size, limits
         self.stop_ids, self.wants_entropy, self.on_group = set(stop_ids), entropy, on_group
         self.ids: list[list[int]] = [[] for _ in range(N)]
+        self.drawn: list[list[bool]] = [[] for _ in range(N)]
         self.logprobs: list[list[float]] = [[] for _ in range(N)]
         self.entropies: list[list[float]] = [[] for _ in range(N)]
         self.stopped = [False] * N
         self.ended = [False] * N
         self.left = [group_size] * B  # rows of each prompt that are not finished
 
-        # A row goes from left to right: queue (its prompt), waiting, live, ended.
+        # A row goes from left to right: queue (its prompt), waiting, live, ended. Between turns: parking.
         self.queue = deque(range(B))  # prompts that are not prefilled yet
         self.placed: list[int] = []  # the prompt in place 0, 1, .. of the cache
         self.waiting: deque = deque()  # rows that have their first token and no slot
         self.live: list[int] = []  # the row in slot 0, 1, ..
-        self.running: deque = deque()  # (rows, steps) of blocks that run and are not recorded yet
-        self.slot_steps = self.finished = self.drawn = 0
+        # (rows, their turns, steps) of blocks that run and are not recorded yet
+        self.running: deque = deque()
+        self.moved = False  # whether rows or prompts have other places than the slots know of
+        self.slot_steps = self.finished = self.total = self.first_tokens = 0
 
     def prepare_slots(self):
         """Finds or makes slots and a cache large enough for this call."""
@@ -206,20 +237,17 @@ class Sampler:
         # A block of one step is for looking at each token at once.
         self.lag = 1 if self.block > 1 else 0
         # 256 rows are where a GPU stops gaining: 512 add under 3 % to its tokens a second.
-        slots = min(256 if self.asked_slots is None else self.asked_slots, N)
-        sizes = dict(
-            prompt_tokens=max(map(len, self.prompts)),
-            # the last token of a row is never read back, so a slot holds one key fewer
-            # than the row may have tokens
-            new_tokens=max(1, max(self.limits) - 1),
-        )
+        seats = min(256 if self.asked_slots is None else self.asked_slots, N)
+        # With turns as many slots again, for the keys of rows that wait.
+        slots = seats if self.turns is None else min(2 * seats, N)
+        sizes = dict(prompt_tokens=max(map(len, self.prompts)), new_tokens=max(self.rooms))
         self.keeps = self.cuda_graphs and self.prompts_first
         if self.keeps:
             self.slots = self.kept = self.kept_slots(slots, **sizes)
         else:
             self.kept = None
             self.slots = self.new_slots(slots, **sizes)
-        self.slot_count = min(slots, self.slots.count)
+        self.slot_count = min(seats, self.slots.count)
         self.places = min(B, self.slots.sizes["groups"])
 
     def kept_slots(self, slots: int, **sizes) -> Slots:
@@ -336,21 +364,30 @@ class Sampler:
         plan = Prefill(self.model, [self.prompts[b] for b in batch], self.slots.cache, places)
         hidden = self.twin(plan.ids, plan.positions, plan)[plan.last]  # (groups, D)
         rows = [row for b in batch for row in range(b * self.G, (b + 1) * self.G)]
-        key = None if self.greedy else self.keys[upload(rows, hidden.device), 0]
-        token, logp, entropy = self.choose(hidden, key, times=self.G)
-        entropies = None if entropy is None else entropy.tolist()
-        self.record(rows, token.tolist(), logp.tolist(), entropies)
+        self.draw_first(rows, hidden, numbers=[0] * len(rows), times=self.G)
         # A row may end with its first token; then it never needs a slot.
-        self.waiting.extend(row for row in rows if not self.ended[row])
+        self.waiting.extend(row for row in rows if self.goes_on(row))
+
+    def draw_first(self, rows: list[int], hidden, numbers: list[int], times=1):
+        """Draws and records the first token of each row's turn, its draw number `numbers` (from 0)."""
+        key = None if self.greedy else self.keys[tuple(upload([rows, numbers], hidden.device))]
+        token, logp, entropy = self.choose(hidden, key, times=times)
+        self.first_tokens += len(rows)
+        self.record(rows, token.tolist(), logp.tolist(), None if entropy is None else entropy.tolist())
 
     # -------------------------------------------------------------------------------------------------- seats
     def seat(self):
         """Gives free slots to waiting rows, prefilling prompts for them as needed; what stays free is closed
         up.
         """
+        if self.parking.away:
+            self.parking.park()
+        if self.parking.returning:
+            self.parking.unpark()
         # `free` are the slots of finished rows, `vacant` these and those behind the last live row.
         free = [slot for slot, row in enumerate(self.live) if self.ended[row]]
-        vacant = free + list(range(len(self.live), self.slot_count))
+        seats = min(self.slot_count, self.slots.count - len(self.parking.rows))
+        vacant = free + list(range(len(self.live), seats))
         while self.queue and len(self.waiting) < len(vacant) and len(self.placed) < self.places:
             missing = len(vacant) - len(self.waiting)
             # where a prefill costs the same whatever its size, every free place is filled at once
@@ -361,32 +398,44 @@ class Sampler:
             self.enter(taken, [self.waiting.popleft() for _ in taken])
         if empty:
             self.close_up(empty)
-        if self.live and (taken or free):  # else all sit where they sat
+        if self.live and self.moved:  # else all sit where they sat
             place = {b: i for i, b in enumerate(self.placed)}
             self.slots.seat([place[row // self.G] for row in self.live])
+            self.moved = False
 
     def enter(self, slots: list[int], rows: list[int]):
-        """Puts rows whose first token is drawn into slots."""
+        """Puts rows into slots: the last token of each is drawn, and its key not made yet."""
+        self.moved = True
         for slot, row in zip(slots, rows):
             self.live[slot : slot + 1] = [row]  # a new slot is always the next one
-        tokens = [self.ids[row][0] for row in rows]
+        tokens = [self.ids[row][-1] for row in rows]
         lengths = [len(self.prompts[row // self.G]) for row in rows]
-        limits = [self.limits[row] for row in rows]
-        # One copy to the device for all five columns: a copy costs the host the same whatever its size.
-        columns = upload([slots, rows, tokens, lengths, limits], self.keys.device)
-        slot, row, token, length, limit = columns
-        self.slots.enter(slot, token, length, limit, self.keys[row])
+        own = [len(self.ids[row]) - 1 for row in rows]
+        given = [len(self.ids[row]) - len(self.logprobs[row]) for row in rows]
+        limits = [min(self.limits[row] + g, self.rooms[row]) for row, g in zip(rows, given)]
+        # One copy to the device for all seven columns: a copy costs the host the same whatever its size.
+        columns = upload([slots, rows, tokens, lengths, own, given, limits], self.keys.device)
+        slot, row, token, length, own, given, limit = columns
+        keys = self.keys[row]
+        if self.turns and not self.greedy:
+            # A slot takes a draw's key by the token's place, which given ids have moved.
+            place = torch.arange(self.slots.keys.shape[1], device=keys.device)
+            keys = keys.gather(1, (place - given[:, None]).clamp(0, keys.shape[1] - 1))
+        self.slots.enter(slot, token, length, own, limit, keys)
 
-    def close_up(self, empty: list[int]):
-        """The last live rows move into empty slots, so that live rows are in slots 0..n-1 again."""
+    def close_up(self, empty: list[int], source=(), target=()):
+        """The last live rows move into empty slots, so that live rows are in slots 0..n-1 again.
+
+        source, target: slots whose rows move elsewhere at the same time.
+        """
+        self.moved = True
         n, gone = len(self.live) - len(empty), set(empty)
         holes = [slot for slot in empty if slot < n]
         movers = [slot for slot in range(n, len(self.live)) if slot not in gone]
-        if holes:
-            for hole, mover in zip(holes, movers):
-                self.live[hole] = self.live[mover]
-            source, target = upload([movers, holes], self.keys.device)
-            self.slots.move(source, target)
+        for hole, mover in zip(holes, movers):
+            self.live[hole] = self.live[mover]
+        if holes or source:
+            self.slots.move(*upload([[*movers, *source], [*holes, *target]], self.keys.device))
         del self.live[n:]
 
     # ------------------------------------------------------------------------------------- running, recording
@@ -396,9 +445,11 @@ class Sampler:
         """
         # Tokens that a row has, and those that the block which still runs will add at most. A row that ends
         # in that block adds fewer, and its slot is then wasted until the host reads the block.
-        coming = {row: steps for rows, steps in self.running for row in rows}
+        coming = {}
+        for rows, turns, steps in self.running:
+            coming |= {row: steps for row, turn in zip(rows, turns) if self.parking.turn[row] == turn}
         tokens = [len(self.ids[row]) + coming.get(row, 0) for row in self.live]
-        left = max(self.limits[row] - n for row, n in zip(self.live, tokens))
+        left = max(self.left_to_draw(row) - coming.get(row, 0) for row in self.live)
         if left <= 0:
             return False
         # No more steps than some row can use: the last block of a call is a short one.
@@ -408,17 +459,17 @@ class Sampler:
         if self.queue or self.waiting:
             size = max(size, self.slot_count)  # an empty slot is waste while somebody waits for it
         self.slot_steps += steps * size
-        self.running.append((list(self.live), steps))
+        self.running.append((list(self.live), [self.parking.turn[row] for row in self.live], steps))
         return True
 
     def record_block(self):
         """Records what the oldest block drew that nobody has looked at."""
         # `rows` as they sat when the block began: since then some may have left their slots to others.
-        rows, steps = self.running.popleft()
+        rows, turns, steps = self.running.popleft()
         tokens, logps, entropies = self.slots.read()
         for i in range(steps):
-            # what a finished row went on to draw is nothing
-            on = [slot for slot, row in enumerate(rows) if not self.ended[row]]
+            # what a row went on to draw after its end, or that of its turn, is nothing
+            on = [slot for slot, row in enumerate(rows) if self.is_on(row, turns[slot])]
             self.record(
                 [rows[slot] for slot in on],
                 [tokens[i][slot] for slot in on],
@@ -440,26 +491,41 @@ class Sampler:
                 self.entropies[row].append(entropy)
         ended = []
         for row, token, logp in zip(rows, tokens, logps):
-            ids = self.ids[row]
-            ids.append(token)
+            self.ids[row].append(token)
+            self.drawn[row].append(True)
             self.logprobs[row].append(logp)
             if self.on_token:
                 self.on_token(row, token)
-            if token in self.stop_ids or len(ids) == self.limits[row]:
-                self.stopped[row] = token in self.stop_ids
-                self.ended[row] = True
+            stop = token in self.stop_ids
+            if self.turns:
+                self.parking.end_turn(row, stop)
+            elif stop or not self.left_to_draw(row):
+                self.stopped[row] = stop
                 ended.append(row)
+        self.total += len(rows)
         for row in ended:
-            self.leave(row // self.G)
-        self.drawn += len(rows)
-        self.finished += len(ended)
-        rate = self.drawn / (time.perf_counter() - self.progress.start)
-        self.progress.show(self.finished, f"{self.drawn:,} tokens, {rate:,.0f}/s")
+            self.leave(row)
+        rate = self.total / (time.perf_counter() - self.progress.start)
+        self.progress.show(self.finished, f"{self.total:,} tokens, {rate:,.0f}/s")
 
-    def leave(self, b: int):
-        """A row of prompt b is finished. When it was the last, nobody reads the
-        prompt: the last one takes its place.
+    def is_on(self, row: int, turn: int) -> bool:
+        """Whether the row still is in the turn that a block was started in."""
+        return not self.ended[row] and self.parking.turn[row] == turn
+
+    def left_to_draw(self, row: int) -> int:
+        """How many tokens this row may still draw."""
+        return min(self.limits[row] - len(self.logprobs[row]), self.rooms[row] - len(self.ids[row]))
+
+    def goes_on(self, row: int) -> bool:
+        return not self.ended[row] and row not in self.parking.away
+
+    def leave(self, row: int):
+        """A row is finished. After the last of a prompt nobody reads that, and the last prompt takes its
+        place.
         """
+        self.ended[row] = True
+        self.finished += 1
+        b = row // self.G
         self.left[b] -= 1
         if self.left[b]:
             return
@@ -468,6 +534,7 @@ class Sampler:
         # Prompts in use stay in places 0, 1, .., so that the torch attention can take them as one slice.
         place, last = self.placed.index(b), self.placed.pop()
         if last != b:
+            self.moved = True
             self.slots.cache.move_group(len(self.placed), place)
             self.placed[place] = last
 
@@ -506,17 +573,20 @@ class Sampler:
     def result(self) -> Rollout:
         stats = dict(
             seconds=time.perf_counter() - self.progress.start,
-            tokens=self.drawn,
+            tokens=self.total,
             slot_steps=self.slot_steps,
-            useful_slot_steps=self.drawn - len(self.ids),
+            useful_slot_steps=self.total - self.first_tokens,
             slots=self.slot_count,
             cache_bytes=self.slots.bytes(),
         )
-        return Rollout(self.ids, self.logprobs, self.stopped, self.entropies, stats)
+        return Rollout(self.ids, self.logprobs, self.stopped, self.entropies, stats, self.drawn)
 
     def release(self):
         """Drops what belongs to this call alone: packed weights, keys, and slots that are not kept."""
         self.slots.end()
+        if self.turns:
+            self.turns.end()
+        self.turns = None
         self.twin = self.head = self.keys = None
         if self.kept is not None and self.kept.bytes() > decode.kept_bytes(self.model.device):
             self.kept = None
