@@ -88,7 +88,8 @@ class Step:
     scores: Scores | None = None  # of all ranks, as trained on: after groups without signal were replaced
     logged: list = field(default_factory=list)  # rewards.Logged of each call of the rewards, on this rank
     tokens_drawn: int = 0  # on this rank
-    tokens_read: int = 0  # on this rank: each completion counts its prompt
+    tokens_read: int = 0  # on this rank: each completion counts its prompt, and what it was given
+    turns: list = field(default_factory=list)  # turns.Turns of each call of the sampler, on this rank
     micro_batches: list[int] = field(default_factory=list)  # tokens of each, on this rank
     resampled: int = 0  # prompts that dynamic sampling used, on this rank
 
@@ -121,7 +122,7 @@ class Batch:
         G = self.group_size
         self.rows[b], self.prompts[b] = other.rows[i], other.prompts[i]
         here, there = slice(b * G, b * G + G), slice(i * G, i * G + G)
-        for name in ("ids", "logprobs", "stopped", "entropies"):
+        for name in ("ids", "drawn", "logprobs", "stopped", "entropies"):
             getattr(self.out, name)[here] = getattr(other.out, name)[there]
         for name in ("texts", "parts", "reward"):
             getattr(self, name)[here] = getattr(other, name)[there]
@@ -129,13 +130,21 @@ class Batch:
             column = self.extra.setdefault(name, [None] * len(self.texts))
             column[here] = other.extra.get(name, [None] * len(other.texts))[there]
 
+    def lengths(self, numbers: list[int]) -> list[int]:
+        """How many tokens each of these rows drew. What it was given between turns is nowhere counted."""
+        return [len(self.out.logprobs[n]) for n in numbers]
+
+    def drawn(self, numbers: list[int]) -> list[list[bool]]:
+        """Which ids of these rows were drawn and are scored, for packing.Packed."""
+        return [self.out.drawn[n] for n in numbers]
+
     def tokens(self, numbers: list[int], device) -> Tokens:
         """What the tokens of the rows `numbers` carry, laid end to end."""
 
         def flat(values):
             return torch.tensor([x for n in numbers for x in values[n]], device=device)  # (T,) float32
 
-        lengths = torch.tensor([len(self.out.ids[n]) for n in numbers])
+        lengths = torch.tensor(self.lengths(numbers))
         rows = torch.arange(len(numbers)).repeat_interleave(lengths)
         weight = None if self.entropy_bar is None else flat(self.out.entropies) >= self.entropy_bar
         return Tokens(
@@ -150,7 +159,7 @@ class Batch:
 
 def gather_scores(batch) -> Scores:
     """The scores of all ranks. A mean is then a ratio of two sums over the whole step."""
-    G, lengths = batch.group_size, [len(ids) for ids in batch.out.ids]
+    G, lengths = batch.group_size, batch.lengths(range(len(batch.out.ids)))
     prompts = [row["prompt"] for row in batch.rows]
     entropy = [sum(row) for row in batch.out.entropies]
     mine = Scores(prompts, batch.parts.copy(), batch.reward.copy(), lengths, list(batch.out.stopped), entropy)
@@ -207,7 +216,7 @@ def stream_keys(seed: int, step, numbers: list[int], prompts, completions):
 
 def share_of_useful_tokens(batch) -> float:
     """The share of all completion tokens, over all ranks, whose row has an advantage."""
-    lengths = [len(ids) for ids in batch.out.ids]
+    lengths = batch.lengths(range(len(batch.out.ids)))
     useful = sum(length for length, adv in zip(lengths, batch.adv.tolist()) if adv)
     counts = gather((useful, sum(lengths)))
     return sum(u for u, _ in counts) / sum(n for _, n in counts)

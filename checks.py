@@ -21,6 +21,7 @@ import data
 import memory
 import progress
 import rewards as rewarding
+import turns
 import usage
 from policy import newest_of_run
 from shape import Shape
@@ -182,10 +183,10 @@ def model(cfg):
 def room(cfg):
     """Weights, optimiser and the tokens of a step fit into the machine, by a count that leaves things out."""
     rows = cfg.prompts_per_step * cfg.group_size
-    tokens, room = rows * cfg.max_new_tokens, host_bytes()
+    tokens, room = rows * memory.own_tokens(cfg), host_bytes()
     if tokens * BYTES_A_TOKEN > room:
         raise ValueError(
-            f"a step of {rows:,} completions of up to {cfg.max_new_tokens:,} tokens needs about "
+            f"a step of {rows:,} completions of up to {memory.own_tokens(cfg):,} tokens needs about "
             f"{tokens * BYTES_A_TOKEN / 1e9:,.0f} GB beside the model, and {room / 1e9:.0f} GB are there: "
             "lower prompts_per_step, group_size or max_new_tokens"
         )
@@ -228,6 +229,11 @@ def columns(cfg, functions, task):
     logged = rewarding.Logged(1)
     known |= dict(trainer_state=None, log_extra=logged.log_extra, log_metric=logged.log_metric)
     known |= dict(max_new_tokens=1) | data.columns([row], 1)
+    env = turns.resolve(cfg.env)
+    if env is not None:
+        known["turns"] = [[]]
+    if hasattr(env, "reward"):
+        known["env_reward"] = [None]
     for label, function, _ in functions:
         try:
             rewarding.arguments(label, function, known)

@@ -68,6 +68,13 @@ class Config:
     min_p: float = 0.0  # 0: off
     slots: int | None = None  # rows decoded at once; None: all, at most 256
     cuda_graphs: bool = True  # on a GPU: the decoding step is recorded once and replayed
+    # -- turns: an environment that answers the model (turns.py)
+    env: str | FunctionType | type = ""  # a name in turns.ENVS, a function (row, said) or a class; "": none
+    env_role: str = "user"  # its replies are messages of this role: user | tool | "" (as they are, inline)
+    turn_ends: tuple = ()  # texts that end a turn, e.g. "</tool>", beside the stop ids
+    max_turns: int = 8  # turns of the model in a row
+    max_context: int = 0  # tokens of a row, prompt and replies included; 0: 2 * max_new_tokens and the prompt
+    env_timeout: float = 60.0  # seconds a call of the environment may take
     # -- dynamic sampling (DAPO): groups whose rewards are all equal teach nothing
     resample_zero_groups: bool = False  # replace them by new prompts
     resample_budget: int = 0  # extra prompts a step at most, over all ranks; 0: prompts_per_step
@@ -374,13 +381,15 @@ CHOICES = dict(
     wandb=("", "online", "offline"),
     sandbox=("auto", "strict", "trust"),
     save_failure=("warn", "stop"),
+    env_role=("user", "tool", ""),
 )
 # What a number may be, as an interval: [ and ] include the end, ( and ) do not. The upper ends are far beyond
 # what a run can use; a number above them is a slip that would take the machine's memory.
 RANGES = dict(
     threads="[0, 1024]", prompts_per_step="[1, 100000]", group_size="[1, 10000]", micro_tokens="[0, 1e9]",
     max_new_tokens="[1, 1e6]", temperature="[0, 100]", top_k="[0, 1e7]", top_p="(0, 1]", min_p="[0, 1]",
-    slots="[1, 100000]", resample_budget="[0, 100000]", reward_timeout="(0, 1e7]", top_entropy="(0, 1]",
+    max_turns="[1, 10000]", max_context="[0, 1e7]", env_timeout="(0, 1e7]", slots="[1, 100000]",
+    resample_budget="[0, 100000]", reward_timeout="(0, 1e7]", top_entropy="(0, 1]",
     mismatch_clip="(0, inf)", epochs="[1, 1000]", minibatches="[1, 100000]", clip_low="[0, 1]",
     clip_high="[0, inf)", dual_clip="(1, inf)", cispo_max="(0, inf)", beta="[0, inf)",
     ref_sync_every="[0, inf)",
@@ -587,6 +596,17 @@ def objective_options(c: Config) -> dict:
     return known | c.objective_options
 
 
+def turn_options(c: Config) -> dict:
+    """turns.Conversations's keywords, but for the stop ids."""
+    return dict(
+        role=c.env_role,
+        prefill=c.prefill,
+        turn_ends=c.turn_ends,
+        max_turns=c.max_turns,
+        timeout=c.env_timeout,
+    )
+
+
 def reward_options(c: Config) -> dict:
     """rewards.score_completions's keywords."""
     return dict(
@@ -607,7 +627,7 @@ def evaluation_options(c: Config) -> dict:
     """evaluation.evaluate's keywords."""
     return dict(
         max_new_tokens=c.eval_max_new_tokens or c.max_new_tokens, system=c.system_prompt, prefill=c.prefill,
-        samples=c.eval_samples, temperature=c.eval_temperature, seed=c.seed,
+        samples=c.eval_samples, temperature=c.eval_temperature, seed=c.seed, max_context=c.max_context,
         reward_messages=c.reward_messages, timeout=c.reward_timeout,
     )  # fmt: skip
 

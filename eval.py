@@ -26,9 +26,10 @@ import rewards as rewarding
 from evaluation import evaluate, first_batch, lint, summary
 from policy import load_policy, pick_device
 from rollout import Sampler
+from turns import Conversations, resolve
 
 
-def show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids) -> str:
+def show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids, conversations=None) -> str:
     """Samples and scores one training batch as train.py's first step would, and describes it."""
     rows = task.batch(0, cfg.prompts_per_step, cfg.seed)
     prompts = []
@@ -37,12 +38,14 @@ def show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids) -> str:
             data.prompt_ids(tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill)
         )
     sampling = configs.sampling_options(cfg, step=1)
+    turns = conversations and conversations.begin(rows, cfg.group_size)
     out = sampler.generate(
         prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens, stop_ids=stop_ids,
-        seed=cfg.seed, step=1, **sampling,
+        seed=cfg.seed, step=1, turns=turns, max_context=cfg.max_context, **sampling,
     )  # fmt: skip
+    heard = turns and turns.heard(range(len(out.ids)))
     texts, _, reward = rewarding.score_completions(
-        tokenizer, rows, out.ids, functions, **configs.reward_options(cfg)
+        tokenizer, rows, out.ids, functions, heard=heard, **configs.reward_options(cfg)
     )
     reward = torch.from_numpy(reward).view(len(rows), cfg.group_size)
     finds = rewarding.FINDS.get(functions[0][0])
@@ -64,11 +67,17 @@ def main(cfg):
             dtype=dtype, device=device, base=cfg.base,
         )  # fmt: skip
     sampler = Sampler(model, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
-    print(show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids))
+    conversations = None
+    if cfg.env:
+        options = configs.turn_options(cfg)
+        conversations = Conversations(resolve(cfg.env), tokenizer, stop_ids=stop_ids, **options)
+    print(show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids, conversations))
     rows = task.batch(0, cfg.prompts_per_step, cfg.seed)
-    print(lint(tokenizer, rows, functions, **configs.reward_options(cfg)))
+    if not conversations:  # which the lint's texts are none of
+        print(lint(tokenizer, rows, functions, **configs.reward_options(cfg)))
     rows = task.eval[: cfg.eval_problems]
     options = configs.evaluation_options(cfg)
+    options["converse"] = conversations and conversations.begin
     metrics, _ = evaluate(sampler, tokenizer, rows, functions, stop_ids=stop_ids, **options)
     print(f"{cfg.model} on {configs.task_name(cfg)}: {summary(metrics)}")
 

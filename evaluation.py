@@ -38,16 +38,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, system="", prefill="",
              samples=1, temperature=1.0, seed=0, reward_messages=False, timeout=None, stop=None,
-             on_answers=None):  # fmt: skip
+             on_answers=None, converse=None, max_context=0):  # fmt: skip
     """Metrics (a dict: eval/strict, eval/lenient, ..) and each problem's first completion, on rows of a task.
 
     functions: rewards.resolve's list; every reward's mean is reported, whatever its weight. One sample is
     drawn greedily, several at `temperature`; then strict and lenient are means over samples (pass@1) and
     eval/pass@j is there for j = 1, 2, 4, .. samples. stop: asked between batches of problems; where it says
     True there is no result, ({}, []). on_answers: called at the end with the rows, each problem's first
-    completion, and whether it is right.
+    completion, and whether it is right. converse, max_context: where an environment answers, (rows,
+    group_size) -> turns.Turns, and the most tokens of a row.
     """
-    ids, stopped, texts, parts = [], [], [], []
+    lengths, stopped, texts, parts = [], [], [], []
     twin = rewarding.LENIENT.get(functions[0][0])  # without one lenient is strict: nobody runs programs twice
     graded = [*functions, ("lenient", twin, 0.0)] if twin else functions
     for start in range(0, len(rows), AT_ONCE):
@@ -57,29 +58,35 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
         prompts = [data.prompt_ids(tokenizer, row["prompt"], system=system, prefill=prefill) for row in some]
         numbers = list(range(start, start + len(some)))
         label = f"evaluating problems {start + 1} to {start + len(some)} of {len(rows)}:"
+        turns = converse and converse(some, samples)
         out = sampler.generate(
             prompts, group_size=samples, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed,
             temperature=0.0 if samples == 1 else temperature, prompt_numbers=numbers, label=label,
+            turns=turns, max_context=max_context,
         )  # fmt: skip
         some_texts, some_parts, _ = score_completions(
             tokenizer, some, out.ids, graded, prefill=prefill, max_new_tokens=max_new_tokens,
             reward_messages=reward_messages, timeout=timeout,
+            heard=turns and turns.heard(range(len(out.ids))),
         )  # fmt: skip
-        ids += out.ids
+        lengths += map(len, out.logprobs)
         stopped += out.stopped
         texts += some_texts
         parts.append(some_parts)
     parts = np.concatenate(parts)  # (N * samples, R)
-    metrics = summarise(ids, stopped, parts, functions, samples, has_twin=twin is not None)
+    metrics = summarise(lengths, stopped, parts, functions, samples, has_twin=twin is not None)
     first = texts[::samples]
     if on_answers is not None:
         on_answers(rows, first, (parts[::samples, 0] >= 1.0).tolist())
     return metrics, first
 
 
-def summarise(ids, stopped, parts, functions, samples, has_twin) -> dict:
-    """The metrics of N * samples completions with reward parts (N * samples, R), the lenient twin's last."""
-    N, lengths = len(ids) // samples, [len(completion) for completion in ids]
+def summarise(lengths, stopped, parts, functions, samples, has_twin) -> dict:
+    """The metrics of N * samples completions with reward parts (N * samples, R), the lenient twin's last.
+
+    lengths: drawn tokens.
+    """
+    N = len(lengths) // samples
     right = parts[:, 0] >= 1.0
     lenient = parts[:, -1] >= 1.0 if has_twin else right
     low, high = wilson(

@@ -89,6 +89,29 @@ def completion_metrics(scores) -> dict:
     return m
 
 
+def turn_counts(turns: list) -> dict:
+    """Sums over the conversations of a step on this rank. turns: turns.Turns of each call of the sampler."""
+    talks = [talk for call in turns for talk in call.talks]
+    failed = [sentence for call in turns for sentence in call.failures()]
+    said = [len(talk.said) for talk in talks]
+    return dict(rows=len(talks), turns=sum(said), most=max(said, default=0), failures=failed)
+
+
+def turn_metrics(of_ranks: list) -> dict:
+    """Means over the step and all ranks, from the turn_counts of each; says the first failure. {} without."""
+    rows = sum(counts["rows"] for counts in of_ranks)
+    if not rows:
+        return {}
+    failures = [sentence for counts in of_ranks for sentence in counts["failures"]]
+    if failures:
+        say(f"{len(failures)} of {rows} rows lost their environment; {failures[0]}")
+    return {
+        "turns/mean": sum(counts["turns"] for counts in of_ranks) / rows,
+        "turns/max": max(counts["most"] for counts in of_ranks),
+        "turns/env_failures": len(failures),
+    }
+
+
 def loss_metrics(stats: dict, difference: float) -> dict:
     """Means over the tokens that were trained on; a step without any has none of them.
 

@@ -107,10 +107,11 @@ def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=
     width = number_width(cfg, device)
     prompts = cfg.prompts_per_step // world
     rows = prompts * cfg.group_size
-    slots = min(cfg.slots or 256, rows)
+    seats = min(cfg.slots or 256, rows)
+    slots = min(2 * seats, rows) if cfg.env else seats  # rows that wait for an environment keep their keys
     first = device == "cuda"  # all prompts are prefilled before the first token
     groups = prompts if first else group_places(slots, cfg.group_size, prompts)
-    sizes = dict(groups=groups, slots=slots, prompt_tokens=prompt_tokens, new_tokens=cfg.max_new_tokens)
+    sizes = dict(groups=groups, slots=slots, prompt_tokens=prompt_tokens, new_tokens=own_tokens(cfg))
     cache = cache_bytes(shape, width, **sizes)
     one_layer = kept_per_token(shape, "offload")
     at_once = PREFILL_TOKENS_TRITON if first else PREFILL_TOKENS
@@ -235,7 +236,14 @@ def head_gradient(cfg, shape, device: str) -> int:
 def step_tokens(cfg, prompt_tokens: int, world=1) -> int:
     """Tokens of an update at most: every completion as long as it may be."""
     prompts = cfg.prompts_per_step // cfg.minibatches // world
-    return prompts * (prompt_tokens + cfg.group_size * cfg.max_new_tokens)
+    return prompts * (prompt_tokens + cfg.group_size * own_tokens(cfg))
+
+
+def own_tokens(cfg) -> int:
+    """Tokens of a completion at most, with what an environment gives it between its turns."""
+    if not cfg.env:
+        return cfg.max_new_tokens
+    return cfg.max_context or 2 * cfg.max_new_tokens
 
 
 def held_by_python() -> int:

@@ -326,7 +326,13 @@ def weighted(completions, prompts=None, *, parts=((words, 0.5), (ends_with, 0.5)
     return [None if None in row else sum(w * s for w, s in zip(weights, row)) for row in scores]
 
 
+def env(completions, prompts=None, *, env_reward, **_):
+    """What each row's environment says that it is worth: its reward() (turns.py)."""
+    return env_reward
+
+
 REWARDS = {
+    "env": env,
     "gsm8k": gsm8k,
     "gsm8k_lenient": gsm8k_lenient,
     "arithmetic": arithmetic,
@@ -485,19 +491,26 @@ def score_completions(
     timeout,
     state=None,
     logged=None,
+    heard=None,
 ):
     """Texts, reward parts (n, R) and rewards (n,), NaN for None, of n completions `ids`, as many of each row.
 
     functions: resolve's list. state: a TrainerState; logged: a Logged, which takes what the rewards log.
+    heard: of conversations, turns.Turns.heard. Their texts hold all turns and replies, but a reward's
+    `completions` are what the model said last: what an environment says is not the model's answer.
     """
     G = len(ids) // len(rows)
     texts = [prefill + text for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     prompts = [row["prompt"] for row in rows for _ in range(G)]
+    completions, columns = texts, data.columns(rows, G)
+    if heard:
+        completions, ids = heard["completions"], heard["completion_ids"]
+        columns |= dict(turns=heard["turns"], env_reward=heard["env_reward"])
     parts, reward = score(
         functions,
-        texts,
+        completions,
         prompts,
-        data.columns(rows, G),
+        columns,
         group_size=G,
         completion_ids=ids,
         max_new_tokens=max_new_tokens,

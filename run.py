@@ -31,6 +31,7 @@ import ranks
 import rewards as rewarding
 import rundir
 import shard
+import turns
 import warmup
 from fingerprint import hash_of_weights
 from memory import Peaks, held_by_python, may_merge
@@ -52,6 +53,7 @@ class Run:
         refuse_uneven_ranks(cfg)
         self.rewards = rewarding.resolve(cfg.rewards)
         rewarding.check_sandbox(self.rewards, cfg.sandbox)
+        env = turns.resolve(cfg.env)  # before minutes of loading
         with progress.doing(f"reading the task {configs.task_name(cfg)}"):
             self.task = data.load_task(cfg.task, **configs.task_options(cfg))
         checks.columns(cfg, self.rewards, self.task)
@@ -88,6 +90,10 @@ class Run:
         self.weights_changed()
         self.micro_tokens = cfg.micro_tokens  # 0: chosen by memory before the first update
         self.sampler = Sampler(self.samples, slots=cfg.slots, cuda_graphs=cfg.cuda_graphs)
+        self.conversations = None
+        if env is not None:
+            options = configs.turn_options(cfg)
+            self.conversations = turns.Conversations(env, self.tokenizer, stop_ids=self.stop_ids, **options)
         self.optimizer = self.make_optimizer()
         if moments is not None:
             self.optimizer.load_state(moments)
@@ -130,6 +136,10 @@ class Run:
     def whole_weights(self):
         """The context in which the sampler has its weights. Every rank must enter it."""
         return shard.gathered(self.samples, self.model)
+
+    def converse(self, rows: list[dict], group_size: int):
+        """The conversations of one call of the sampler, or None where the run has no environment."""
+        return self.conversations and self.conversations.begin(rows, group_size)
 
     def make_optimizer(self):
         cfg, params = self.cfg, list(self.model.named_parameters())

@@ -54,6 +54,8 @@ from log import (
     logged_sums,
     loss_metrics,
     reward_metrics,
+    turn_counts,
+    turn_metrics,
     write_answers,
     write_rollouts,
 )
@@ -129,7 +131,8 @@ def train_step(run, number: int) -> dict:
     useful, weights_hash = share_of_useful_tokens(batch), run.weights_hash()  # of all ranks
     # The step is complete. From here on it counts: this is the one place where the run's state changes.
     ids = hash_of_ids(step.numbers, cfg.group_size, batch.out.ids)
-    *counts, logged = zip(*gather((step.tokens_drawn, step.tokens_read, ids, logged_sums(step.logged))))
+    mine = (step.tokens_drawn, step.tokens_read, ids, logged_sums(step.logged), turn_counts(step.turns))
+    *counts, logged, turns = zip(*gather(mine))
     drawn, read, ids = [sum(of_ranks) for of_ranks in counts]
     num_tokens = run.state["num_tokens"] + drawn + read
     run.state = dict(step=number, num_tokens=num_tokens, advantage=advantage_state)
@@ -147,6 +150,7 @@ def train_step(run, number: int) -> dict:
     metrics["fingerprint"] = fingerprint(ids, weights_hash)
     metrics |= step.timer.metrics(drawn)
     metrics["frac_tokens_with_advantage"] = useful
+    metrics |= turn_metrics(turns)
     metrics |= logged_metrics(logged, metrics)
     if callable(cfg.temperature):
         metrics["temperature"] = step.sampling["temperature"]
@@ -196,10 +200,11 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
         prompts.append(ids)
     # Slow rewards (a judge, tests of a program) can be computed while other groups are still being sampled.
     background = rewarding.InBackground() if cfg.reward_overlap else None
+    turns = run.converse(rows, cfg.group_size)  # None, or what environments answer
 
     def score_group(b, ids):
         """Scores a finished group while the others are still being sampled."""
-        background.submit(b, score_rows, run, step, [rows[b]], list(ids))
+        background.submit(b, score_rows, run, step, [rows[b]], list(ids), turns, b * cfg.group_size)
 
     with step.timer("sample"):
         run.samples.eval()  # no LoRA dropout in the sampler
@@ -213,14 +218,18 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
             prompt_numbers=numbers,
             entropy=True,
             on_group=score_group if background else None,
+            turns=turns,
+            max_context=cfg.max_context,
             **step.sampling,
         )
     # Text is made from the ids once, for the rewards and the log, and never becomes ids again.
     with step.timer("score"), progress.doing("scoring"):
-        scored = background.results() if background else [score_rows(run, step, rows, out.ids)]
+        scored = background.results() if background else [score_rows(run, step, rows, out.ids, turns)]
     # Counted here, because dynamic sampling comes through here several times in a step.
     step.tokens_drawn += out.stats["tokens"]
-    step.tokens_read += cfg.group_size * sum(map(len, prompts))
+    step.tokens_read += cfg.group_size * sum(map(len, prompts)) + sum(map(len, out.ids)) - out.stats["tokens"]
+    if turns:
+        step.turns.append(turns)
     texts, parts, reward, logged = zip(*scored)
     texts = [text for some in texts for text in some]
     step.logged += logged
@@ -228,13 +237,15 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
     return Batch(rows, prompts, out, texts, np.concatenate(parts), np.concatenate(reward), extra=extra)
 
 
-def score_rows(run, step, rows, ids):
+def score_rows(run, step, rows, ids, turns=None, first=0):
     """Texts, reward parts (n, R), rewards (n,), NaN for None, and what the rewards logged, of completions
-    `ids`: group_size of each row.
+    `ids`: group_size of each row. turns: their conversations, where these are the rows from `first` on.
     """
     state = rewarding.TrainerState(step.number, run.cfg.steps)
     logged = rewarding.Logged(len(ids))
     options = configs.reward_options(run.cfg) | dict(state=state, logged=logged)
+    if turns:
+        options["heard"] = turns.heard(range(first, first + len(ids)))
     return *rewarding.score_completions(run.tokenizer, rows, ids, step.rewards, **options), logged
 
 
@@ -419,12 +430,15 @@ def accumulate_gradients(run, step, batch, groups, objective, bar) -> dict:
             continue
         tokens = batch.tokens(numbers, model.device)  # old_logp, adv, rows, .. of its T tokens
         with step.timer("reference"):
-            tokens.ref_logp, exact_reference = look_up_reference(run, step, prompts, completions)
+            tokens.ref_logp, exact_reference = look_up_reference(
+                run, step, prompts, completions, batch.drawn(numbers)
+            )
         with step.timer("train"), dropout_of(run, step, numbers, prompts, completions):
             model.train()
             # A group's prompt stands once in the packed stream; the gradients of all its completions flow
             # into it.
-            hidden, targets = model.completion_hidden(prompts, completions)  # (T, D), (T,)
+            drawn = batch.drawn(numbers)  # what was given between turns is seen, and not scored
+            hidden, targets = model.completion_hidden(prompts, completions, drawn)  # (T, D), (T,)
             logp = torch.empty_like(tokens.sampler_logp)  # (T,)
             loss, entropy, sums = policy_head(
                 hidden, model.head, targets, tokens, objective, reference=exact_reference, logp_out=logp,
@@ -471,13 +485,13 @@ def step_normaliser(cfg, batch, groups) -> float:
     """The divisor of the update, from the lengths of all ranks, known before its first micro-batch."""
     G, kept = cfg.group_size, []
     for b in groups:
-        kept += [len(batch.out.ids[n]) for n in range(b * G, b * G + G) if batch.kept[n]]
+        kept += batch.lengths([n for n in range(b * G, b * G + G) if batch.kept[n]])
     lengths = [length for of_rank in gather(kept) for length in of_rank]
     return normaliser(lengths, aggregate=cfg.aggregate, group_size=G, max_new_tokens=cfg.max_new_tokens)
 
 
 @torch.no_grad()
-def look_up_reference(run, step, prompts, completions):
+def look_up_reference(run, step, prompts, completions, drawn=None):
     """(ref_logp (T,), None), or (None, (hidden (T, D), head (V, D))) for the exact KL; (None, None) at beta
     0.
     """
@@ -489,9 +503,9 @@ def look_up_reference(run, step, prompts, completions):
         # The exact KL needs the reference's whole distribution, which head.py makes
         # a chunk at a time from these.
         if run.cfg.kl == "full":
-            hidden, _ = reference.completion_hidden(prompts, completions)
+            hidden, _ = reference.completion_hidden(prompts, completions, drawn)
             return None, (hidden, reference.head.detach())
-        logp, _, _ = reference.completion_logprobs(prompts, completions, **step.sampling)
+        logp, _, _ = reference.completion_logprobs(prompts, completions, drawn=drawn, **step.sampling)
         return logp, None
 
 
@@ -506,11 +520,11 @@ def trainer_logp(run, step, batch) -> list[list[float]]:
     for numbers, prompts, completions in shard.rounds(micro, run.model, ([], *shard.NOTHING)):
         with step.timer("reference"), shard.in_step(run.model):
             run.model.eval()
-            logp, _, _ = run.model.completion_logprobs(prompts, completions, **step.sampling)
+            drawn = batch.drawn(numbers)
+            logp, _, _ = run.model.completion_logprobs(prompts, completions, drawn=drawn, **step.sampling)
         if not numbers:
             continue
-        lengths = [len(batch.out.ids[n]) for n in numbers]
-        for n, row in zip(numbers, logp.split(lengths)):
+        for n, row in zip(numbers, logp.split(batch.lengths(numbers))):
             found[n] = row.tolist()
     return found
 
@@ -598,6 +612,7 @@ def evaluate_now(run, log, interrupt) -> tuple[dict, list]:
                 stop_ids=run.stop_ids,
                 stop=lambda: interrupt.asked,
                 on_answers=partial(write_answers, run, log),
+                converse=run.converse,
                 **options,
             )
     interrupt.evaluating = False

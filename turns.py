@@ -136,7 +136,7 @@ class Conversations:
     def __init__(self, env, tokenizer, *, role, prefill, stop_ids, turn_ends, max_turns, timeout):
         self.env, self.tokenizer = env, tokenizer
         self.role, self.stop_ids, self.turn_ends = role or "environment", set(stop_ids), tuple(turn_ends)
-        self.max_turns, self.timeout = max_turns, timeout
+        self.max_turns, self.timeout, self.prefill = max_turns, timeout, prefill
         self.wrapper = Wrapper(tokenizer, role=role, prefill=prefill, stop_ids=stop_ids)
         self.closing = closing_ids(tokenizer, self.turn_ends)
         self.has_reward = inspect.isclass(env) and hasattr(env, "reward")
@@ -152,7 +152,7 @@ class Turns:
     def __init__(self, of: Conversations, rows: list[dict], group_size: int):
         self.of, self.rows, self.G = of, rows, group_size
         self.talks = [Talk() for _ in range(len(rows) * group_size)]
-        self.asked: dict[int, tuple] = {}  # row -> (ticket, room, after_stop) of the call that is under way
+        self.asked: dict[int, tuple] = {}  # row -> (ticket, room, cut) of the call that is under way
         self.tickets = 0
         self.workers = Workers(len(self.talks) if of.is_async else THREADS)
 
@@ -173,10 +173,12 @@ class Turns:
         """
         talk = self.talks[row]
         talk.said.append(said)
-        talk.messages.append(dict(role="assistant", content=self.text(said)))
+        text = self.text(said)
+        begins = len(talk.said) == 1 or self.of.wrapper.after  # where the prefill has been given
+        talk.messages.append(dict(role="assistant", content=self.of.prefill * bool(begins) + text))
         if len(talk.said) == self.of.max_turns:
             room = -1
-        self.call(row, room, functools.partial(self.take_turn, row, last=cut or room < 0, cut=cut))
+        self.call(row, -1 if cut else room, cut=cut)
 
     def replies(self, *, wait: bool, every: bool) -> list[Reply]:
         """What has been replied since the last call, by row. wait: one at least; every: to all that ask."""
@@ -196,10 +198,11 @@ class Turns:
 
     # -------------------------------------------------------------------------------------- for the rewards
     def heard(self, rows: range) -> dict:
-        """What rewards know of these rows, beside ids: see rewards.score_completions."""
+        """What rewards are told of these rows, which must have ended: see rewards.score_completions."""
         talks = [self.talks[row] for row in rows]
         return dict(
-            texts=[talk.messages[-1]["content"] if talk.said else "" for talk in talks],
+            completions=[talk.messages[-1]["content"] for talk in talks],
+            completion_ids=[[i for said in talk.said for i in said] for talk in talks],
             turns=[talk.messages for talk in talks],
             env_reward=[talk.reward for talk in talks],
         )
@@ -211,11 +214,11 @@ class Turns:
     def text(self, ids: list[int]) -> str:
         return self.of.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def call(self, row: int, room: int, function):
+    def call(self, row: int, room: int, cut: bool):
         self.tickets += 1
-        after_stop = self.talks[row].said[-1][-1] in self.of.stop_ids
-        self.asked[row] = (self.tickets, room, after_stop)
-        self.workers.submit((row, self.tickets), function)
+        self.asked[row] = (self.tickets, room, cut)
+        turn = functools.partial(self.take_turn, row, last=room < 0, cut=cut)
+        self.workers.submit((row, self.tickets), turn)
 
     def take_turn(self, row: int, *, last: bool, cut: bool):
         """(reply or None, reward or None) of the row's environment. Runs in a thread of its own.
@@ -223,7 +226,7 @@ class Turns:
         last: the reply will not be given; cut: the environment is not asked for one.
         """
         talk, env, seconds = self.talks[row], self.of.env, self.of.timeout
-        said, text, reward = talk.messages[-1]["content"], None, None
+        said, text, reward = self.text(talk.said[-1]), None, None
         if inspect.isclass(env) and talk.env is None:
             talk.env = env(copy.deepcopy(self.rows[row // self.G]))
         if not cut and inspect.isclass(env):
@@ -240,13 +243,13 @@ class Turns:
         for (row, ticket), result in self.workers.finished(seconds, self.of.timeout):
             if row not in self.asked or self.asked[row][0] != ticket:
                 continue  # it was given up
-            _, room, after_stop = self.asked.pop(row)
-            reply = self.reply_of(row, room, after_stop, result)
+            _, room, cut = self.asked.pop(row)
+            reply = self.reply_of(row, room, cut, result)
             if reply is not None:
                 found.append(reply)
         return found
 
-    def reply_of(self, row: int, room: int, after_stop: bool, result) -> Reply | None:
+    def reply_of(self, row: int, room: int, cut: bool, result) -> Reply | None:
         """What follows from the result of a call; None where one more call will tell."""
         talk = self.talks[row]
         if isinstance(result, BaseException):
@@ -260,17 +263,17 @@ class Turns:
                 talk.reward = None
                 return self.fail(row, f"gave the reward {short(reward)}, which is no finite number")
         if text is None:
-            return Reply(row, None, stopped=not talk.failed)
+            return Reply(row, None, stopped=not cut)
         if room < 0:
             return Reply(row, None)
         if not isinstance(text, str):
             return self.fail(row, f"replied {short(text)}, which is no text")
         try:
-            ids = self.encoded(text, room, after_stop)
+            ids = self.encoded(text, room, after_stop=talk.said[-1][-1] in self.of.stop_ids)
         except ValueError as error:
             # The environment is well, so the row is still worth what it says; but it can't go on.
             self.fail(row, str(error))
-            self.call(row, -1, functools.partial(self.take_turn, row, last=True, cut=True))
+            self.call(row, -1, cut=True)
             return None
         talk.messages.append(dict(role=self.of.role, content=text))
         return Reply(row, ids)
@@ -336,7 +339,11 @@ class Workers:
         """Has call() made in a thread, soon: `finished` gives its key and what came of it."""
         self.open += 1
         self.jobs.put((key, call))
-        if self.threads < min(self.open, self.most):
+        self.hire()
+
+    def hire(self):
+        """Starts threads, as many as there are calls for."""
+        while self.threads < min(self.open, self.most):
             self.threads += 1
             threading.Thread(target=self.work, daemon=True).start()
 
@@ -365,6 +372,7 @@ class Workers:
             self.open -= 1
             self.threads -= 1
             found.append((key, TimeoutError(too_late(timeout))))
+        self.hire()
         return found
 
     def end(self):

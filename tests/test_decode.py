@@ -267,14 +267,14 @@ def test_a_finished_row_and_an_empty_slot_write_inside_their_slot(tiny, table):
 
     slots.begin(tiny, choose, slots=3, stop_ids=[], cuda_graphs=False)
     two = torch.tensor([0, 1])
-    lengths, limits = torch.tensor([2, 2]), torch.tensor([3, 6])
-    slots.enter(two, two, lengths, limits, torch.zeros(2, 6, dtype=torch.long))
+    lengths, limits = torch.tensor([2, 2]), torch.tensor([3, 5])
+    slots.enter(two, two, lengths, 0 * two, limits, torch.zeros(2, 6, dtype=torch.long))
     slots.seat([0, 0])
     with torch.no_grad():
         slots.run(3, 9, longest=0)
-    assert slots.own.tolist() == [1, 4, 0, 0] and slots.done.tolist() == [True, True, True, True]
+    assert slots.own.tolist() == [2, 4, 0, 0] and slots.done.tolist() == [True, True, True, True]
     written = (slots.cache.own_k != 0).any(4).any(2).any(0)  # (slots, C)
-    assert written.sum(1).tolist() == [2, 5, 1, 0] and written[:, 0].tolist() == [True, True, True, False]
+    assert written.sum(1).tolist() == [3, 5, 1, 0] and written[:, 0].tolist() == [True, True, True, False]
 
 
 def test_a_finished_row_writes_inside_its_slot_on_the_grid_too(tiny):
@@ -283,20 +283,20 @@ def test_a_finished_row_writes_inside_its_slot_on_the_grid_too(tiny):
         tiny, lambda hidden, key: (key + 1, hidden[:, 0], None), slots=2, stop_ids=[], cuda_graphs=False
     )
     two = torch.tensor([0, 1])
-    lengths, limits = torch.tensor([2, 2]), torch.tensor([3, 6])
-    slots.enter(two, two, lengths, limits, torch.zeros(2, 6, dtype=torch.long))
+    lengths, limits = torch.tensor([2, 2]), torch.tensor([3, 5])
+    slots.enter(two, two, lengths, 0 * two, limits, torch.zeros(2, 6, dtype=torch.long))
     slots.seat([0, 0])
     with torch.no_grad():
         slots.run(2, 9, longest=0)
     written = (slots.cache.own_k != 0).any(4).any(2).any(0)
-    assert slots.own.tolist() == [1, 4] and written.sum(1).tolist() == [2, 5]
+    assert slots.own.tolist() == [2, 4] and written.sum(1).tolist() == [3, 5]
 
 
 def test_a_block_that_nobody_has_read_is_not_written_over(tiny):
     slots = Slots(tiny, groups=1, slots=1, prompt_tokens=2, new_tokens=5, block=1)
     slots.begin(tiny, lambda hidden, key: (key, hidden[:, 0], None), slots=1, stop_ids=[], cuda_graphs=False)
     one = torch.tensor([0])
-    slots.enter(one, one, one + 2, one + 6, torch.arange(6)[None])
+    slots.enter(one, one, one + 2, one, one + 6, torch.arange(6)[None])
     slots.seat([0])
     with torch.no_grad():
         slots.run(1, 1, longest=0)
@@ -416,7 +416,7 @@ def test_longer_completions_grow_the_buffers_in_steps_of_64(table):
     net = models.create(dict(TINY, max_position_embeddings=256), seed=0)
     sampler = Sampler(net, slots=2, block=4)
     sizes = []
-    for new in (9, 65, 66, 20):
+    for new in (9, 64, 65, 20):
         sampler.generate(PROMPTS[:2], group_size=1, max_new_tokens=new, stop_ids=[])
         sizes.append(sampler.kept.cache.C)
     assert sizes == [64, 64, 128, 128]

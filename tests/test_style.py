@@ -36,15 +36,17 @@ MAY_IMPORT = {
     "model": {"nf4", "packing", "shape"},
     "lora": set(),
     "decode": {"cache"},
-    "rollout": {"cache", "decode", "model", "progress"},
+    "parking": {"cache", "decode"},
+    "rollout": {"cache", "decode", "model", "parking", "progress"},
     # what a run needs
     "config": {"loss", "usage"},  # an objective's keywords are config keys
     "rewards": {"data"},
+    "turns": {"data", "rewards"},
     "policy": {"checkpoint", "data", "lora", "model"},
     "head": {"loss"},
     "batch": {"loss", "model", "ranks", "rollout"},
     "evaluation": {"data", "rewards"},
-    "checks": {"config", "data", "memory", "policy", "progress", "rewards", "shape", "usage"},
+    "checks": {"config", "data", "memory", "policy", "progress", "rewards", "shape", "turns", "usage"},
     "warmup": {"data", "model", "optim", "progress"},
     "screen": {"config", "data", "evaluation", "memory", "nf4", "ranks", "rewards"},
     "trackers": {"config", "screen"},
@@ -52,7 +54,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["run"] = {"checkpoint", "config", "data", "lora", "loss", "optim", "policy", "ranks", "rewards"}
 MAY_IMPORT["run"] |= {"checks", "fingerprint", "memory", "nf4", "progress", "rollout", "rundir", "shard"}
-MAY_IMPORT["run"] |= {"warmup"}
+MAY_IMPORT["run"] |= {"turns", "warmup"}
 SCRIPTS = ("train", "eval", "sample", "sft")
 FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tasks", ROOT / "configs", ROOT / "bench")
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))

@@ -1,0 +1,300 @@
+"""Conversations in the sampler: what is drawn does not depend on when, where or beside whom, and is what is
+trained on."""
+
+import asyncio
+import random
+import time
+
+import pytest
+import torch
+
+import kernels
+from conftest import ALPHABET
+from data import char_tokenizer
+from rollout import Sampler
+from turns import Conversations
+
+TOKENIZER = char_tokenizer(ALPHABET + "abcdefghijklmnopqrstuvwxyz?")
+PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11, 12], [13], [14, 15, 16]]
+STOP = [1, 20]
+ROWS = [dict(prompt=str(b), number=b) for b in range(len(PROMPTS))]
+
+
+class Tells:
+    """Replies with what it was told, backwards, until the turn's length says that it is enough."""
+
+    def __init__(self, row):
+        self.row, self.heard = row, []
+
+    def step(self, said):
+        self.heard.append(said)
+        if len(said) == 3:
+            return None
+        return (said[::-1] + str(self.row["number"]) * (len(said) % 4))[:9]
+
+    def reward(self):
+        return float(len("".join(self.heard)))
+
+
+class TellsLate(Tells):
+    """The same, at any time and in any order."""
+
+    def step(self, said):
+        time.sleep(random.random() * 0.02)
+        return super().step(said)
+
+
+class TellsAsync(Tells):
+    """The same as a coroutine."""
+
+    async def step(self, said):
+        await asyncio.sleep(random.random() * 0.02)
+        return super().step(said)
+
+
+def conversations(env, **options):
+    defaults = dict(
+        role="", prefill="", stop_ids=STOP, turn_ends=tuple("aeiou0123"), max_turns=5, timeout=30.0
+    )
+    return Conversations(env, TOKENIZER, **defaults | options)
+
+
+def sample(model, env=Tells, *, slots=None, block=None, G=3, prompts=PROMPTS, numbers=None, **options):
+    """(rollout, turns) of a call on these prompts."""
+    of = options.pop("of", None) or conversations(env)
+    rows = [ROWS[b] for b in numbers] if numbers else ROWS[: len(prompts)]
+    turns = of.begin(rows, G)
+    defaults = dict(max_new_tokens=24, stop_ids=STOP, seed=3, step=2, entropy=True)
+    sampler = Sampler(model, slots=slots, block=block)
+    out = sampler.generate(prompts, group_size=G, turns=turns, prompt_numbers=numbers, **defaults | options)
+    return out, turns
+
+
+def heard(turns):
+    return turns.heard(range(len(turns.talks)))
+
+
+def test_the_conversations_of_these_tests_have_several_turns_and_every_kind_of_end(tiny):
+    """Else the tests below would say little."""
+    out, turns = sample(tiny)
+    counts = [len(talk.said) for talk in turns.talks]
+    assert max(counts) >= 4 and min(counts) == 1 and sum(counts) / len(counts) > 2
+    assert any(out.stopped) and not all(out.stopped)
+    assert sum(not d for drawn in out.drawn for d in drawn) > 60
+    assert all(drawn[-1] for drawn in out.drawn)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("block", [1, 2, 8])
+def test_ids_do_not_depend_on_slots_or_blocks(tiny, slots, block):
+    expected, turns = sample(tiny)
+    out, found = sample(tiny, slots=slots, block=block)
+    assert out.ids == expected.ids and out.drawn == expected.drawn and out.stopped == expected.stopped
+    assert heard(found) == heard(turns)
+
+
+@pytest.mark.parametrize("env", [TellsLate, TellsAsync])
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_ids_do_not_depend_on_when_an_environment_answers(tiny, env, slots):
+    """On a CPU not even the last bit of a log-probability does."""
+    expected, _ = sample(tiny, slots=slots)
+    out, _ = sample(tiny, env, slots=slots)
+    assert out.ids == expected.ids and out.logprobs == expected.logprobs
+
+
+def test_a_row_does_not_depend_on_the_others(tiny):
+    expected, _ = sample(tiny)
+    for numbers in ([4, 2, 0], [1], [3, 1]):
+        out, _ = sample(tiny, numbers=numbers, prompts=[PROMPTS[b] for b in numbers], slots=4)
+        assert out.ids == [ids for b in numbers for ids in expected.group(b, 3)]
+
+
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.7, top_k=9, top_p=0.8)])
+@pytest.mark.parametrize("slots", [2, 16])
+def test_the_trainer_gives_the_samplers_log_probabilities(tiny, options, slots):
+    out, _ = sample(tiny, slots=slots, **options)
+    groups = [out.group(b, 3) for b in range(len(PROMPTS))]
+    logp, entropy, rows = tiny.completion_logprobs(PROMPTS, groups, drawn=out.drawn, **options)
+    sampled = torch.tensor([x for row in out.logprobs for x in row])
+    assert len(logp) == len(sampled) == sum(map(sum, out.drawn))
+    assert (logp - sampled).abs().max() < 2e-5
+    assert (entropy - torch.tensor([x for row in out.entropies for x in row])).abs().max() < 2e-4
+    assert rows.tolist() == [n for n, row in enumerate(out.logprobs) for _ in row]
+
+
+def test_what_was_drawn_stands_in_ids_and_what_was_given_between_it(tiny):
+    out, turns = sample(tiny)
+    for n, talk in enumerate(turns.talks):
+        ids, drawn = [], []
+        replies = [m["content"] for m in talk.messages if m["role"] == "environment"]
+        for said, reply in zip(talk.said, [*replies, None]):
+            ids += said
+            drawn += [True] * len(said)
+            if reply is not None:
+                given = TOKENIZER.encode(reply, add_special_tokens=False)
+                ids += given
+                drawn += [False] * len(given)
+        assert out.ids[n] == ids and out.drawn[n] == drawn
+        assert [m["role"] for m in talk.messages[::2]] == ["assistant"] * len(talk.said)
+
+
+def test_draws_are_numbered_by_drawn_tokens(tiny):
+    """An environment that replies with more text moves no key: the first turns are the same ids."""
+
+    class Chatty(Tells):
+        def step(self, said):
+            reply = super().step(said)
+            return reply and "0" * 5 + reply
+
+    out, turns = sample(tiny)
+    more, chatty = sample(tiny, Chatty)
+    assert [talk.said[0] for talk in turns.talks] == [talk.said[0] for talk in chatty.talks]
+    assert out.ids != more.ids
+
+
+def test_greedy_turns(tiny):
+    out, _ = sample(tiny, temperature=0.0, G=1)
+    again, _ = sample(tiny, temperature=0.0, G=1, slots=2, block=3)
+    assert out.ids == again.ids and sum(map(len, out.ids)) > sum(map(len, out.logprobs))
+
+
+def test_the_table_form_of_attention_gives_the_same_ids(tiny, monkeypatch):
+    """The form of a GPU: all prompts first, blocks of eight, and replies as they come."""
+    import decode
+
+    expected, _ = sample(tiny)
+    monkeypatch.setattr(decode, "attention_form", lambda model: decode.TableAttention)
+    for slots in (2, 5, 16):
+        for env in (Tells, TellsLate):
+            out, _ = sample(tiny, env, slots=slots)
+            assert out.ids == expected.ids
+
+
+@pytest.mark.slow
+def test_the_kernels_give_the_same_ids(tiny):
+    expected, _ = sample(tiny, prompts=PROMPTS[:3])
+    kernels.use("triton")
+    try:
+        out, _ = sample(tiny, prompts=PROMPTS[:3], slots=5)
+    finally:
+        kernels.use("auto")
+    assert out.ids == expected.ids
+
+
+# ------------------------------------------------------------------------------------------------- limits
+def test_limits_of_turns_drawn_tokens_and_context(tiny):
+    one = sample(tiny, of=conversations(Tells, max_turns=1))[0]
+    assert all(all(drawn) for drawn in one.drawn)
+    two, turns = sample(tiny, of=conversations(Tells, max_turns=2))
+    assert max(len(talk.said) for talk in turns.talks) == 2
+    few, _ = sample(tiny, max_new_tokens=5)
+    assert max(map(len, few.logprobs)) == 5 and max(map(len, few.ids)) <= 10
+    tight, turns = sample(tiny, max_context=14)
+    assert max(len(PROMPTS[n // 3]) + len(ids) for n, ids in enumerate(tight.ids)) <= 14
+    assert all("tokens where" in failed for failed in turns.failures()) and turns.failures()
+    assert all(talk.reward is not None for talk in turns.talks)
+
+
+def test_a_prompt_that_fills_max_context_is_one_sentence(tiny):
+    with pytest.raises(ValueError, match="prompt 2 has 5 tokens and max_context=5 leaves no room"):
+        sample(tiny, max_context=5)
+
+
+# ------------------------------------------------------------------------------ environments that misbehave
+def misbehaving(reply):
+    """An environment that does this at every second turn of prompts 1 and 3."""
+
+    class Env(Tells):
+        def step(self, said):
+            if self.row["number"] in (1, 3) and self.heard:
+                return reply()
+            return super().step(said)
+
+    return Env
+
+
+def raises():
+    raise KeyError("no such tool")
+
+
+def leaves():
+    raise SystemExit(3)
+
+
+BAD = {
+    "raises": (raises, "raised KeyError: 'no such tool' (tests/test_turns.py, line "),
+    "leaves": (leaves, "raised SystemExit: 3"),
+    "number": (lambda: 7, "replied 7, which is no text"),
+    "bytes": (lambda: b"7", "replied b'7', which is no text"),
+    "nul": (lambda: "7\0", "its alphabet lacks the characters '\\x00'"),
+    "large": (lambda: "7" * 1_000_000, "replied 1,000,000 characters where"),
+    "long": (lambda: "7" * 50, "replied 50 tokens where"),
+    "surrogate": (lambda: "\ud800", "half a surrogate pair"),
+    "hangs": (lambda: time.sleep(30), "raised TimeoutError: no reply in 0.3 seconds (env_timeout)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_failure_ends_its_row_and_is_one_sentence_and_nothing_else_changes(tiny, kind):
+    reply, sentence = BAD[kind]
+    good, turns = sample(tiny)
+    out, found = sample(tiny, of=conversations(misbehaving(reply), timeout=0.3), slots=4)
+    failed, shorter = found.failures(), 0
+    assert failed and all(sentence in text and text.endswith("; the row ends there") for text in failed)
+    assert all("the environment of prompt 1, sample" in f or "of prompt 3, sample" in f for f in failed)
+    for n, talk in enumerate(found.talks):
+        if talk.failed:
+            assert not out.stopped[n] and out.ids[n] == good.ids[n][: len(out.ids[n])] and out.drawn[n][-1]
+            shorter += len(out.ids[n]) < len(good.ids[n])
+            alive = kind in ("nul", "large", "long", "surrogate")
+            assert (talk.reward is not None) == alive
+        else:
+            assert out.ids[n] == good.ids[n] and talk.reward == turns.talks[n].reward
+    assert shorter
+
+
+def test_a_coroutine_that_hangs_is_given_up(tiny):
+    class Env(Tells):
+        async def step(self, said):
+            await asyncio.sleep(60)
+
+    start = time.monotonic()
+    _, turns = sample(tiny, of=conversations(Env, timeout=0.2))
+    assert time.monotonic() - start < 5
+    assert "no reply in 0.2 seconds (env_timeout)" in turns.failures()[0]
+
+
+@pytest.mark.parametrize("value", ["1", float("nan"), float("inf"), [1]])
+def test_a_reward_that_is_no_number_is_a_failure(tiny, value):
+    class Env(Tells):
+        def reward(self):
+            return value
+
+    _, turns = sample(tiny, Env)
+    assert len(turns.failures()) == len(turns.talks) and "no finite number" in turns.failures()[0]
+    assert all(talk.reward is None for talk in turns.talks)
+
+
+def test_more_hangs_than_threads_hold_nobody_up(tiny, monkeypatch):
+    import turns as module
+
+    monkeypatch.setattr(module, "THREADS", 2)
+    start = time.monotonic()
+    out, found = sample(tiny, of=conversations(misbehaving(lambda: time.sleep(30)), timeout=0.2))
+    assert len(found.failures()) >= 4 and time.monotonic() - start < 5
+    assert len(out.ids) == 15
+
+
+def test_an_environment_as_a_function_gets_its_row_and_cannot_change_it(tiny):
+    rows = [dict(prompt="x", number=b, seen=[]) for b in range(5)]
+
+    def env(row, said):
+        row["seen"].append(said)
+        assert len(row["seen"]) == 1
+        return "12" if len(said) < 4 else None
+
+    turns = conversations(env).begin(rows, 3)
+    out = Sampler(tiny).generate(PROMPTS, group_size=3, max_new_tokens=16, stop_ids=STOP, seed=3, turns=turns)
+    assert not turns.failures() and rows[0]["seen"] == []
+    assert any(not all(drawn) for drawn in out.drawn)
+    assert all(talk.reward is None for talk in turns.talks)
