@@ -31,7 +31,7 @@ EXTRA = dict(
     countdown=dict(numbers=[[1, 2, 3]], target=[9]), code=dict(tests=[["assert f(1) == 2"]])
 )  # columns of a row, where a reward wants more than `answer`
 ON_TEXT = [
-    name for name in REWARDS if name != "judge" and (HAS_MATH or name != "math")
+    name for name in REWARDS if name not in ("judge", "env") and (HAS_MATH or name != "math")
 ]  # the judge asks a server
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import kernels
-from conftest import ALPHABET
+import train
+from conftest import ALPHABET, rows, same, settings, weights
 from data import char_tokenizer
 from rollout import Sampler
 from turns import Conversations
@@ -298,3 +299,83 @@ def test_an_environment_as_a_function_gets_its_row_and_cannot_change_it(tiny):
     assert not turns.failures() and rows[0]["seen"] == []
     assert any(not all(drawn) for drawn in out.drawn)
     assert all(talk.reward is None for talk in turns.talks)
+
+
+# ------------------------------------------------------------------------------------------- what is trained
+def padded_loss(model, prompts, groups, drawn, adv, old):
+    """The loss of `clip`, the usual way: a sequence a row, with a mask of what was drawn."""
+    loss, tokens, n = 0.0, sum(map(sum, drawn)), 0
+    for prompt, group in zip(prompts, groups):
+        for ids in group:
+            logp = model.logits(torch.tensor(prompt + ids)).log_softmax(-1)[len(prompt) - 1 : -1]
+            logp = logp.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            mask = torch.tensor(drawn[n])
+            ratio = (logp[mask] - torch.tensor(old[n])).exp()
+            gain = torch.minimum(ratio * adv[n], ratio.clamp(0.8, 1.2) * adv[n])
+            loss, n = loss - gain.sum() / tokens, n + 1
+    return loss
+
+
+def test_gradients_are_those_of_padded_rows_with_a_mask(tiny):
+    from loss import policy_loss
+
+    out, _ = sample(tiny)
+    groups, adv = [out.group(b, 3) for b in range(5)], torch.randn(15)
+    padded_loss(tiny, PROMPTS, groups, out.drawn, adv, out.logprobs).backward()
+    expected = [p.grad.clone() for p in tiny.parameters()]
+    tiny.zero_grad()
+    logp, _, rows = tiny.completion_logprobs(PROMPTS, groups, drawn=out.drawn)
+    old = torch.tensor([x for row in out.logprobs for x in row])
+    loss, _ = policy_loss(logp, old, adv, rows)
+    loss.backward()
+    for p, gradient in zip(tiny.parameters(), expected):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def pays(completions, turns, env_reward, **_):
+    """The environment's reward, and what was said last."""
+    assert all(t[-1]["content"] == c for t, c in zip(turns, completions))
+    return [worth + c.count("4") for worth, c in zip(env_reward, completions)]
+
+
+def run_of(tmp_path, **keys):
+    options = dict(
+        env=TellsRow, env_role="", turn_ends=("1", "5", "<", "_"), max_turns=4, max_new_tokens=20,
+        rewards=[("env", 0.1), (pays, 1.0)], lora_rank=4, lora_alpha=8.0,
+    )  # fmt: skip
+    return settings(tmp_path, **options | keys)
+
+
+class TellsRow(Tells):
+    """Of a task's row."""
+
+    def __init__(self, row):
+        super().__init__(dict(number=len(row["prompt"])))
+
+
+class SlowTellsRow(TellsRow):
+    def step(self, said):
+        time.sleep(0.003 * (len(said) % 3))
+        return super().step(said)
+
+
+VARIANTS = {
+    "adapters": {},
+    "full, kl, moving reference": dict(lora_rank=0, beta=0.1, ref_sync_every=2),
+    "dynamic, overlapped": dict(resample_zero_groups=True, reward_overlap=True),
+    "epochs, dropout": dict(epochs=2, minibatches=2, lora_dropout=0.1, mismatch_clip=2.0),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_with_turns_resumes_to_the_bit(tmp_path, name):
+    """Also where its environment takes another time to answer."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train.main(run_of(whole, **VARIANTS[name]))
+    train.main(run_of(halves, **VARIANTS[name], env=SlowTellsRow, steps=2))
+    train.main(run_of(halves, **VARIANTS[name], env=SlowTellsRow, resume=True))
+    assert same(weights(whole / "run/ckpt/step_000004"), weights(halves / "run/ckpt/step_000004"))
+    metrics = rows(whole / "run/metrics.jsonl")
+    assert all(row["turns/mean"] > 1.5 and row["turns/env_failures"] == 0 for row in metrics)
+    assert all(row["sampling/sampling_logp_difference/max"] < 2e-5 for row in metrics[:1])
+    assert metrics[0]["completions/mean_length"] <= 20
