@@ -402,9 +402,11 @@ class Slots:
         return graph
 
 
-def upload(x: list, device):
-    """A list of integers as an int64 tensor on the device, without waiting for what runs there."""
-    x = torch.tensor(x, dtype=torch.long)
+def upload(x, device):
+    """Integers, in a list or on the CPU, as an int64 tensor on the device, without waiting for what runs
+    there.
+    """
+    x = torch.as_tensor(x, dtype=torch.long)
     if torch.device(device).type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

@@ -190,31 +190,36 @@ class Extend:
 
     def __init__(self, model, cache, pieces: list[dict]):
         self.cache, device = cache, model.device
-        lengths = [len(piece["ids"]) for piece in pieces]
-        self.ids = upload([i for piece in pieces for i in piece["ids"]], device)
-        self.last = upload(lengths, device).cumsum(0) - 1
+        lengths = torch.tensor([len(piece["ids"]) for piece in pieces])
+        T = int(lengths.sum())
+        # All is computed on the CPU and uploaded at once, so that a GPU is never waited for.
         names = ("slot", "place", "prompt", "own")
-        of_rows = upload([[piece[name] for piece in pieces] for name in names], device)
-        self.slots, self.places, self.prompts, own = of_rows
-        of_tokens = of_rows.repeat_interleave(upload(lengths, device), 1)  # (4, T)
-        first = self.last - upload(lengths, device) + 1  # in the stream, of each row
-        step = torch.arange(len(self.ids), device=device) - first.repeat_interleave(upload(lengths, device))
-        self.slot, self.own = of_tokens[0], of_tokens[3] + step  # where a token's key goes
-        self.positions = of_tokens[2] + self.own
-        self.table = decode.table_of(cache, self.slot, of_tokens[1], self.own, of_tokens[2])
-        self.lay_out(lengths, first, own)
+        of_rows = torch.tensor([[piece[name] for piece in pieces] for name in names])  # (4, i)
+        first = lengths.cumsum(0) - lengths  # of each row, in the stream
+        slot, place, prompt, own = of_rows.repeat_interleave(lengths, 1)  # (T,) each
+        own += torch.arange(T) - first.repeat_interleave(lengths)
+        ids = torch.tensor([i for piece in pieces for i in piece["ids"]])
+        columns = upload(torch.stack([ids, prompt + own, slot, place, prompt, own]), device)
+        self.ids, self.positions, self.slot, place, prompt, self.own = columns
+        self.last = upload(lengths.cumsum(0) - 1, device)
+        if flash.on_triton(model.embed):
+            self.table = decode.table_of(cache, self.slot, place, self.own, prompt)
+        else:
+            self.lay_out(lengths, first, of_rows)
 
-    def lay_out(self, lengths: list[int], first, own):
+    def lay_out(self, lengths, first, of_rows):
         """The torch form: rows as a rectangle of queries (i, c), and which keys each of these sees."""
-        i, c, C = len(lengths), max(lengths), self.cache.C
-        step = torch.arange(c, device=first.device)
-        self.back = torch.cat([row * c + step[:n] for row, n in enumerate(lengths)])
-        real = torch.minimum(step, self.table.new_tensor(lengths)[:, None] - 1)  # past the end its last again
-        self.queries = (first[:, None] + real).flatten()  # (i * c,) in the stream
-        place = torch.arange(self.cache.P, device=first.device)
-        prompt = (place < self.prompts[:, None])[:, None].expand(i, c, -1)
-        behind = torch.arange(C, device=first.device) <= (own[:, None] + real)[..., None]  # (i, c, C)
-        self.seen = torch.cat([prompt, behind], 2)[:, None]  # (i, 1, c, P + C)
+        self.slots, self.places, prompt, own = of_rows
+        i, c = len(lengths), int(lengths.max())
+        step = torch.minimum(
+            torch.arange(c), lengths[:, None] - 1
+        )  # (i, c); past a row's end, its last again
+        self.queries = (first[:, None] + step).flatten()  # in the stream
+        number = torch.arange(i * c).view(i, c)
+        self.back = torch.cat([row[:length] for row, length in zip(number, lengths)])  # (T,)
+        in_prompt = (torch.arange(self.cache.P) < prompt[:, None])[:, None].expand(i, c, -1)
+        behind = torch.arange(self.cache.C) <= (own[:, None] + step)[..., None]  # (i, c, C)
+        self.seen = torch.cat([in_prompt, behind], 2)[:, None]  # (i, 1, c, P + C)
 
     def attend(self, layer, qk, v, cos, sin):
         """qk (T, H + K, E), v (T, K, E), cos and sin (T, 1, E/2) -> (T, H, E)."""

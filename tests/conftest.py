@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -96,6 +97,25 @@ def signals_as_they_were():
 def even(completions, **_):
     """A reward with signal on random text: the share of even digits."""
     return [sum(c in "02468" for c in text) / max(1, len(text)) for text in completions]
+
+
+class Echo:
+    """An environment that takes its time, and replies with what was said, backwards."""
+
+    def __init__(self, row):
+        self.longest = len(row["prompt"])
+        self.heard = []
+
+    def step(self, said):
+        time.sleep(0.003 * (len(said) % 3))
+        self.heard.append(said)
+        return None if len(said) == 3 else (said[::-1] + "2" * (len(said) % 4))[: self.longest]
+
+    def reward(self):
+        return float(len("".join(self.heard)))
+
+
+WITH_TURNS = dict(env=Echo, env_role="", turn_ends=("1", "5", "<", "_"), max_turns=4)
 
 
 def settings(tmp_path, **keys):

@@ -13,6 +13,7 @@ import kernels
 import lora
 import model as models
 import optim
+import parking
 import rollout
 from conftest import TINY
 from head import policy_head
@@ -107,7 +108,7 @@ def test_prefill_and_a_decoding_step_never_wait(launched, rank, merged):
         prefill = rollout.Prefill(net, PROMPTS, slots.cache, [0, 1])
         assert net(prefill.ids, prefill.positions, prefill)[prefill.last].shape == (2, 32)
         keys = torch.zeros(2, 9, dtype=torch.long, device=META)
-        slots.enter(numbers(0, 1), numbers(5, 6), numbers(3, 2), numbers(8, 8), keys)
+        slots.enter(numbers(0, 1), numbers(5, 6), numbers(3, 2), numbers(0, 0), numbers(8, 8), keys)
         slots.seat([0, 1])
         launched.clear()
         slots.step(2)
@@ -122,6 +123,13 @@ def test_prefill_and_a_decoding_step_never_wait(launched, rank, merged):
         slots.step(4)
         slots.move(numbers(1), numbers(0))
         slots.cache.move_group(0, 1)
+        if launched:  # given ids between two turns
+            pieces = [
+                dict(slot=3, place=1, prompt=2, own=1, ids=[5, 6]),
+                dict(slot=2, place=0, prompt=3, own=0, ids=[7]),
+            ]
+            plan = parking.Extend(net, slots.cache, pieces)
+            assert net(plan.ids, plan.positions, plan)[plan.last].shape == (2, 32)
 
 
 def test_the_meta_device_finds_such_faults():

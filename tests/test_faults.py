@@ -35,7 +35,7 @@ import pytest
 import ranks
 import rewards as rewarding
 import train
-from conftest import ROOT, even, rows, same, settings, untimed, weights
+from conftest import ROOT, WITH_TURNS, even, rows, same, settings, untimed, weights
 from test_promises import free_port
 
 pytestmark = pytest.mark.slow
@@ -65,6 +65,7 @@ VARIANTS = {
     "epochs": dict(epochs=2, minibatches=2, schedule="cosine"),
     "moving reference": dict(beta=0.1, ref_sync_every=2),
     "memory": dict(advantage=against_the_past),
+    "turns": dict(WITH_TURNS),
     "two processes": dict(),
     "sharded": dict(shard=True),
 }

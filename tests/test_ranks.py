@@ -13,7 +13,7 @@ import torch
 import optim
 import ranks
 import train
-from conftest import ROOT, even, rows, same, settings, weights
+from conftest import ROOT, WITH_TURNS, even, rows, same, settings, weights
 from test_train import by_prompt
 
 pytestmark = pytest.mark.slow
@@ -69,6 +69,7 @@ CASES = {
     "twenty steps": case(steps=20, beta=0.1),
     "resampling": case(resample_zero_groups=True, resample_budget=6, rewards=[(by_prompt, 1.0)]),
     "dropout": case(lora_rank=4, lora_alpha=8.0, lora_dropout=0.2, beta=0.1),
+    "turns": case(**WITH_TURNS, rewards=[("env", 0.1), (even, 1.0)], resample_zero_groups=True),
     "base in 4 bits": case(lora_rank=4, lora_alpha=8.0, base="nf4"),
     "a failing reward": case(rewards=[(fails_on_rank_1, 1.0)], save_every=0),
     "a killed process": case(rewards=[(dies_on_rank_1, 1.0)], save_every=0),
@@ -103,6 +104,7 @@ def on(processes, tmp_path, name, folder="several"):
         ("minibatches", 4),
         ("resampling", 2),
         ("dropout", 2),
+        ("turns", 2),
         ("base in 4 bits", 2),
         ("twenty steps", 2),
         ("twenty steps", 4),

@@ -10,7 +10,7 @@ import torch
 
 import kernels
 import train
-from conftest import ALPHABET, rows, same, settings, weights
+from conftest import ALPHABET, WITH_TURNS, Echo, rows, same, settings, weights
 from data import char_tokenizer
 from rollout import Sampler
 from turns import Conversations
@@ -339,24 +339,17 @@ def pays(completions, turns, env_reward, **_):
 
 
 def run_of(tmp_path, **keys):
-    options = dict(
-        env=TellsRow, env_role="", turn_ends=("1", "5", "<", "_"), max_turns=4, max_new_tokens=20,
-        rewards=[("env", 0.1), (pays, 1.0)], lora_rank=4, lora_alpha=8.0,
-    )  # fmt: skip
-    return settings(tmp_path, **options | keys)
+    options = dict(max_new_tokens=20, rewards=[("env", 0.1), (pays, 1.0)], lora_rank=4, lora_alpha=8.0)
+    return settings(tmp_path, **WITH_TURNS | options | keys)
 
 
-class TellsRow(Tells):
-    """Of a task's row."""
-
-    def __init__(self, row):
-        super().__init__(dict(number=len(row["prompt"])))
-
-
-class SlowTellsRow(TellsRow):
+class SlowEcho(Echo):
     def step(self, said):
-        time.sleep(0.003 * (len(said) % 3))
+        time.sleep(random.random() * 0.02)
         return super().step(said)
+
+
+SlowEcho.__name__ = SlowEcho.__qualname__ = "Echo"
 
 
 VARIANTS = {
@@ -372,8 +365,8 @@ def test_a_run_with_turns_resumes_to_the_bit(tmp_path, name):
     """Also where its environment takes another time to answer."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train.main(run_of(whole, **VARIANTS[name]))
-    train.main(run_of(halves, **VARIANTS[name], env=SlowTellsRow, steps=2))
-    train.main(run_of(halves, **VARIANTS[name], env=SlowTellsRow, resume=True))
+    train.main(run_of(halves, **VARIANTS[name], env=SlowEcho, steps=2))
+    train.main(run_of(halves, **VARIANTS[name], env=SlowEcho, resume=True))
     assert same(weights(whole / "run/ckpt/step_000004"), weights(halves / "run/ckpt/step_000004"))
     metrics = rows(whole / "run/metrics.jsonl")
     assert all(row["turns/mean"] > 1.5 and row["turns/env_failures"] == 0 for row in metrics)
