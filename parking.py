@@ -47,8 +47,8 @@ class Parking:
     def end_turn(self, row: int, stop: bool):
         """Asks the row's environment, if the token just drawn ends a turn or is the last that may be."""
         s = self.sampler
-        said, left = s.ids[row][self.start[row] :], s.left_to_draw(row)
-        whole = stop or self.turns.ends(said)
+        said = s.ids[row][self.start[row] :]
+        whole, left = stop or self.turns.ends(said), s.limits[row] - len(s.ids[row])
         if whole or not left:
             self.away.add(row)
             self.turn[row] += 1
@@ -142,8 +142,9 @@ class Parking:
             piece = dict(slot=self.slot(row), place=place[b], prompt=len(s.prompts[b]), own=own)
             pieces.append(piece | dict(ids=[s.ids[row][-1], *given]))
             s.ids[row] += given
-            s.drawn[row] += [False] * len(given)
+            s.limits[row] = min(s.limits[row] + len(given), s.rooms[row])
             self.start[row] = len(s.ids[row])
+            s.given[row].append(range(own + 1, self.start[row]))
             self.away.discard(row)
         rows = [row for row, _ in batch]
         plan = Extend(s.model, s.slots.cache, pieces)

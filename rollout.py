@@ -140,8 +140,8 @@ class Sampler:
             block=self.asked_block,
         )
         limits = self.row_limits(prompts, group_size, max_new_tokens)
-        self.rooms = limits if turns is None else self.row_rooms(prompts, group_size, limits, max_context)
-        self.open_accounts(prompts, group_size, limits, stop_ids, entropy, on_group)
+        rooms = limits if turns is None else self.row_rooms(prompts, group_size, limits, max_context)
+        self.open_accounts(prompts, group_size, limits, rooms, stop_ids, entropy, on_group)
         self.on_token, self.turns = on_token, turns
         self.parking = Parking(self, turns)
         self.prepare_slots()
@@ -204,15 +204,17 @@ class Sampler:
             rooms.append(room)
         return rooms
 
-    def open_accounts(self, prompts, group_size: int, limits, stop_ids, entropy: bool, on_group):
+    def open_accounts(self, prompts, group_size: int, limits, rooms, stop_ids, entropy: bool, on_group):
         """What is known of each row and prompt during a call."""
         # Lists of Python numbers, because the host decides with them who leaves and who enters. The device
         # has its own copy of what a step needs (decode.Slots), and the two meet in `record`.
         B, N = len(prompts), len(limits)
-        self.prompts, self.G, self.limits = prompts, group_size, limits
+        self.prompts, self.G, self.rooms = prompts, group_size, rooms
+        # The most ids of each row: what it may draw, and what it has been given so far.
+        self.limits = [min(limit, room) for limit, room in zip(limits, rooms)]
         self.stop_ids, self.wants_entropy, self.on_group = set(stop_ids), entropy, on_group
         self.ids: list[list[int]] = [[] for _ in range(N)]
-        self.drawn: list[list[bool]] = [[] for _ in range(N)]
+        self.given: list[list[range]] = [[] for _ in range(N)]  # which of them were not drawn
         self.logprobs: list[list[float]] = [[] for _ in range(N)]
         self.entropies: list[list[float]] = [[] for _ in range(N)]
         self.stopped = [False] * N
@@ -412,7 +414,7 @@ class Sampler:
         lengths = [len(self.prompts[row // self.G]) for row in rows]
         own = [len(self.ids[row]) - 1 for row in rows]
         given = [len(self.ids[row]) - len(self.logprobs[row]) for row in rows]
-        limits = [min(self.limits[row] + g, self.rooms[row]) for row, g in zip(rows, given)]
+        limits = [self.limits[row] for row in rows]
         # One copy to the device for all seven columns: a copy costs the host the same whatever its size.
         columns = upload([slots, rows, tokens, lengths, own, given, limits], self.keys.device)
         slot, row, token, length, own, given, limit = columns
@@ -449,7 +451,7 @@ class Sampler:
         for rows, turns, steps in self.running:
             coming |= {row: steps for row, turn in zip(rows, turns) if self.parking.turn[row] == turn}
         tokens = [len(self.ids[row]) + coming.get(row, 0) for row in self.live]
-        left = max(self.left_to_draw(row) - coming.get(row, 0) for row in self.live)
+        left = max(self.limits[row] - n for row, n in zip(self.live, tokens))
         if left <= 0:
             return False
         # No more steps than some row can use: the last block of a call is a short one.
@@ -467,9 +469,10 @@ class Sampler:
         # `rows` as they sat when the block began: since then some may have left their slots to others.
         rows, turns, steps = self.running.popleft()
         tokens, logps, entropies = self.slots.read()
+        ended, now = self.ended, self.parking.turn
         for i in range(steps):
             # what a row went on to draw after its end, or that of its turn, is nothing
-            on = [slot for slot, row in enumerate(rows) if self.is_on(row, turns[slot])]
+            on = [slot for slot, row in enumerate(rows) if not ended[row] and now[row] == turns[slot]]
             self.record(
                 [rows[slot] for slot in on],
                 [tokens[i][slot] for slot in on],
@@ -491,15 +494,15 @@ class Sampler:
                 self.entropies[row].append(entropy)
         ended = []
         for row, token, logp in zip(rows, tokens, logps):
-            self.ids[row].append(token)
-            self.drawn[row].append(True)
+            ids = self.ids[row]
+            ids.append(token)
             self.logprobs[row].append(logp)
             if self.on_token:
                 self.on_token(row, token)
             stop = token in self.stop_ids
             if self.turns:
                 self.parking.end_turn(row, stop)
-            elif stop or not self.left_to_draw(row):
+            elif stop or len(ids) == self.limits[row]:
                 self.stopped[row] = stop
                 ended.append(row)
         self.total += len(rows)
@@ -507,14 +510,6 @@ class Sampler:
             self.leave(row)
         rate = self.total / (time.perf_counter() - self.progress.start)
         self.progress.show(self.finished, f"{self.total:,} tokens, {rate:,.0f}/s")
-
-    def is_on(self, row: int, turn: int) -> bool:
-        """Whether the row still is in the turn that a block was started in."""
-        return not self.ended[row] and self.parking.turn[row] == turn
-
-    def left_to_draw(self, row: int) -> int:
-        """How many tokens this row may still draw."""
-        return min(self.limits[row] - len(self.logprobs[row]), self.rooms[row] - len(self.ids[row]))
 
     def goes_on(self, row: int) -> bool:
         return not self.ended[row] and row not in self.parking.away
@@ -579,7 +574,11 @@ class Sampler:
             slots=self.slot_count,
             cache_bytes=self.slots.bytes(),
         )
-        return Rollout(self.ids, self.logprobs, self.stopped, self.entropies, stats, self.drawn)
+        drawn = [[True] * len(ids) for ids in self.ids]
+        for flags, given in zip(drawn, self.given):
+            for some in given:
+                flags[some.start : some.stop] = [False] * len(some)
+        return Rollout(self.ids, self.logprobs, self.stopped, self.entropies, stats, drawn)
 
     def release(self):
         """Drops what belongs to this call alone: packed weights, keys, and slots that are not kept."""
