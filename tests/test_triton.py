@@ -635,10 +635,10 @@ def test_compile_check_compiles_for_gpus_that_are_not_here():
 
 @pytest.mark.parametrize("capability, form", [((7, 5), "torch everywhere: ours"), ((8, 0), "Triton where")])
 def test_a_gpu_without_bf16_takes_torchs_forms_and_says_so(monkeypatch, capability, form):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
-    monkeypatch.setattr(kernels.switch, "MODE", kernels.switch.MODE)
     old = capability[0] < 8
-    assert form in kernels.switch.use("auto")
-    assert kernels.switch.MODE == ("torch" if old else "auto")
-    assert policy.pick_device("cuda", "auto", 1)[1] == (torch.float16 if old else torch.bfloat16)
+    with monkeypatch.context() as m:  # over before the mode is put back
+        m.setattr(torch.cuda, "is_available", lambda: True)
+        m.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+        assert form in kernels.switch.use("auto")
+        assert kernels.switch.MODE == ("torch" if old else "auto")
+        assert policy.pick_device("cuda", "auto", 1)[1] == (torch.float16 if old else torch.bfloat16)
