@@ -60,11 +60,16 @@ class Wrapper:
 
     def __init__(self, tokenizer, *, role: str, prefill: str = "", stop_ids=()):
         self.tokenizer, self.stop_ids = tokenizer, set(stop_ids)
-        self.before, self.after = [], []
+        # Ids up to the last special token before the reply, and from the first one after it. What stands
+        # between these and the reply is encoded with it, because there tokens may span both.
+        self.before, self.head, self.tail, self.after = [], "", "", []
         if role and tokenizer.chat_template:
             before, after = turn_markers(tokenizer, role)
-            self.before = data.encode(tokenizer, before)
-            self.after = data.encode(tokenizer, after + prefill)
+            special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+            end = max([before.rfind(name) + len(name) for name in special if name in before], default=0)
+            start = min([after.find(name) for name in special if name in after], default=len(after))
+            self.before, self.head = data.encode(tokenizer, before[:end]), before[end:]
+            self.tail, self.after = after[:start], data.encode(tokenizer, after[start:] + prefill)
 
     def ids(self, text: str, *, after_stop: bool) -> list[int]:
         """Ids of a reply. after_stop: the turn before it ended with a stop id, which is not repeated.
@@ -74,6 +79,7 @@ class Wrapper:
         before = self.before
         if after_stop and before and before[0] in self.stop_ids:
             before = before[1:]
+        text = self.head + text + self.tail
         return before + data.encode(self.tokenizer, text, split_special_tokens=True) + self.after
 
 

@@ -26,9 +26,11 @@ import loss
 import model as models
 import train
 from conftest import ROOT, SHAPE, even, rows, same, settings, untimed, weights
+from data import char_tokenizer
 from rewards import REWARDS, resolve, score
-from rollout import generate
+from rollout import Sampler, generate
 from run import Run
+from turns import Conversations
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 SAMPLING = dict(group_size=3, max_new_tokens=9, stop_ids=[4, 17], seed=3, step=1)
@@ -332,3 +334,27 @@ def test_14_two_processes_draw_what_one_does(tmp_path):
             torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-4)
     told = [rows(tmp_path / name / "run" / "metrics.jsonl")[0] for name in ("one", "two")]
     assert told[0]["reward"] == pytest.approx(told[1]["reward"], abs=1e-12)
+
+
+# 15. In a conversation with an environment the ids that are trained on are those that were drawn: replies are
+#     made into ids once, are seen and never scored, and when they come changes nothing.
+def test_15_what_is_given_is_seen_and_never_scored(tiny):
+    tokenizer = char_tokenizer("".join(map(chr, range(48, 94))))
+
+    def talk(delay):
+        def env(row, said):
+            time.sleep(delay * len(said))
+            return said[::-1][:3]
+
+        options = dict(role="", prefill="", turn_ends="ABCDEFGH", max_turns=4, timeout=30.0)
+        turns = Conversations(env, tokenizer, stop_ids=[1], **options).begin([{}], 4)
+        return Sampler(tiny, slots=3).generate(
+            [[3, 4, 5]], group_size=4, max_new_tokens=20, stop_ids=[1], turns=turns
+        )
+
+    out, late = talk(0.0), talk(0.002)
+    assert out.ids == late.ids and out.logprobs == late.logprobs
+    logp, _, _ = tiny.completion_logprobs([[3, 4, 5]], [out.ids], drawn=out.drawn)
+    sampled = torch.tensor([x for row in out.logprobs for x in row])
+    assert len(logp) == len(sampled) < sum(map(len, out.ids))
+    assert (logp - sampled).abs().max() < 2e-5

@@ -10,10 +10,11 @@ import torch
 
 import kernels
 import train
-from conftest import ALPHABET, WITH_TURNS, Echo, rows, same, settings, weights
-from data import char_tokenizer
+from conftest import ALPHABET, WITH_TURNS, Echo, checkpoint, rows, same, settings, weights
+from data import char_tokenizer, chat_ids, encode, prompt_ids
+from policy import load_policy
 from rollout import Sampler
-from turns import Conversations
+from turns import Conversations, Wrapper
 
 TOKENIZER = char_tokenizer(ALPHABET + "abcdefghijklmnopqrstuvwxyz?")
 PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11, 12], [13], [14, 15, 16]]
@@ -372,3 +373,85 @@ def test_a_run_with_turns_resumes_to_the_bit(tmp_path, name):
     assert all(row["turns/mean"] > 1.5 and row["turns/env_failures"] == 0 for row in metrics)
     assert all(row["sampling/sampling_logp_difference/max"] < 2e-5 for row in metrics[:1])
     assert metrics[0]["completions/mean_length"] <= 20
+
+
+# -------------------------------------------------------------------------------------- the chat template
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def with_template(template=TEMPLATE):
+    tokenizer = char_tokenizer("0123456789<>abcdefghijklmnopqrstuvwxyz")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def said_by(tokenizer, *contents, role="user"):
+    """A conversation as messages: the person, the model, an environment of this role, the model, .."""
+    roles = ["user", *["assistant", role] * len(contents)]
+    return [dict(role=r, content=c) for r, c in zip(roles, contents)]
+
+
+def test_a_reply_is_wrapped_as_the_template_wraps_it():
+    tokenizer = with_template()
+    wrapper = Wrapper(tokenizer, role="tool", prefill="3", stop_ids=[1])
+    whole = tokenizer.apply_chat_template(
+        said_by(tokenizer, "ab", "cd", "ef", role="tool"), tokenize=False, add_generation_prompt=True
+    )
+    assert whole == "<u>ab<eos><a>cd<eos><t>ef<eos><a>"
+    assert tokenizer.decode(wrapper.ids("ef", after_stop=True)) == "<t>ef<eos><a>3"
+    assert tokenizer.decode(wrapper.ids("ef", after_stop=False)) == "<eos><t>ef<eos><a>3"
+    plain = Wrapper(tokenizer, role="", prefill="3", stop_ids=[1])
+    assert tokenizer.decode(plain.ids("ef", after_stop=True)) == "ef"
+
+
+def test_a_reply_cannot_end_a_turn_or_speak_in_another_role():
+    """The name of a special token in a tool's text would be that token, and the rest another's turn."""
+    tokenizer = with_template()
+    wrapper = Wrapper(tokenizer, role="tool", stop_ids=[1])
+    assert wrapper.ids("a<eos>b", after_stop=True).count(1) == 1
+    assert tokenizer.decode(wrapper.ids("a<eos>b", after_stop=True)) == "<t>a<eos>b<eos><a>"
+
+
+@pytest.mark.parametrize(
+    "template, sentence",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "takes no reply in the role 'tool'"),
+        (
+            "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
+            "drops messages of the role",
+        ),
+    ],
+)
+def test_a_template_that_refuses_the_role_is_one_sentence(template, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Wrapper(with_template(template), role="tool")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("role", ["user", "tool"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b"])
+def test_on_real_models_turns_are_the_templates_own_and_the_trainer_agrees(name, role):
+    folder = checkpoint(name)
+    model, tokenizer, stop_ids, _ = load_policy(folder, dtype=torch.float32, device="cpu")
+    row = dict(prompt="What is 12 * 7? Answer with a number.")
+
+    def env(row, said):
+        return None if "sure" in said else "Are you sure? Say <|im_end|> or a number."
+
+    options = dict(prefill="", turn_ends=("7", "."), max_turns=3, timeout=30.0)
+    conversations = Conversations(env, tokenizer, role=role, stop_ids=stop_ids, **options)
+    turns, prompt = conversations.begin([row], 3), prompt_ids(tokenizer, row["prompt"])
+    out = Sampler(model).generate(
+        [prompt], group_size=3, max_new_tokens=24, max_context=200, stop_ids=stop_ids, turns=turns
+    )
+    assert not turns.failures() and max(len(talk.said) for talk in turns.talks) == 3
+    logp, _, _ = model.completion_logprobs([prompt], [out.ids], drawn=out.drawn)
+    assert (logp - torch.tensor([x for row in out.logprobs for x in row])).abs().max() < 1e-4
+    # What follows a turn that ended with a stop id is what the template would have made of the conversation.
+    messages = said_by(tokenizer, row["prompt"], "Perhaps 84", "Are you sure?", role=role)
+    whole = chat_ids(tokenizer, messages)
+    said = encode(tokenizer, "Perhaps 84") + [tokenizer.eos_token_id]
+    assert prompt + said + conversations.wrapper.ids("Are you sure?", after_stop=True) == whole
