@@ -145,10 +145,19 @@ def shape_of(cfg) -> Shape | None:
             raise ValueError("scratch needs an alphabet: the characters that its tokenizer is to know")
         special = dict(model_type="llama", vocab_size=len(cfg.alphabet) + 2)
         return Shape(special | cfg.scratch)
-    path = Path(cfg.model or ".")
     if not cfg.model:
         raise ValueError("model is empty: give a folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
-    path = Path(newest_of_run(str(path)))
+    return shape_in(cfg.model)
+
+
+def teacher_shape_of(cfg) -> Shape | None:
+    """The sizes of the model that the key `reference` names; None where it names none, or none is here yet."""
+    return shape_in(cfg.reference) if cfg.reference else None
+
+
+def shape_in(place: str) -> Shape | None:
+    """The sizes of a model in a folder, a run's or an adapter's; None for a hub id."""
+    path = Path(newest_of_run(place))
     if (path / "adapter_config.json").is_file():
         path = Path(json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"])
     if not (path / "config.json").is_file():
@@ -178,6 +187,12 @@ def model(cfg):
                 f"{key} = {getattr(cfg, key)} leaves no room for a prompt: "
                 f"the model's context is {shape.context} tokens"
             )
+    teacher = teacher_shape_of(cfg)
+    if teacher and cfg.max_new_tokens >= teacher.context:
+        raise ValueError(
+            f"max_new_tokens = {cfg.max_new_tokens} leaves no room for a prompt before the teacher: "
+            f"the context of reference = {cfg.reference!r:.80} is {teacher.context} tokens"
+        )
 
 
 def room(cfg):
@@ -198,7 +213,8 @@ def room(cfg):
         room = torch.cuda.get_device_properties(0).total_memory
     processes = int(os.environ.get("WORLD_SIZE", 1)) if cfg.shard else 1
     merged = cfg.lora_merge == "on"
-    held = memory.held_always(cfg, shape, "cuda" if on_gpu else "cpu", merged, shared_by=processes)
+    options = dict(shared_by=processes, teacher=teacher_shape_of(cfg))
+    held = memory.held_always(cfg, shape, "cuda" if on_gpu else "cpu", merged, **options)
     trained = memory.trained_numbers(cfg, shape)
     need = memory.total(held) + 4 * trained // processes  # and a gradient
     if processes > 1:  # whole are only the weights that the sampler gathers

@@ -50,7 +50,8 @@ class Config:
     eval_file: str = ""  # the same of held-out rows; "": the last tenth of train_file
     system_prompt: str = ""  # goes first in every chat; with a plain-text tokenizer, before the prompt
     prefill: str = ""  # start of every answer, put into the model's mouth, e.g. "<think>"
-    # -- rewards: pairs of a name in rewards.py, or a function, and a weight; 0 is logged and not trained on
+    # -- rewards: pairs of a name in rewards.py, or a function, and a weight; 0 is logged and not trained on.
+    # [], or weights of 0 alone: a teacher is all there is to learn from (`reference`)
     rewards: list = field(default_factory=lambda: [("gsm8k", 1.0)])
     reward_messages: bool = False  # rewards get TRL's conversational form where the prompt is messages
     sandbox: str = "auto"  # for reward `code`; strict: full isolation or stop; trust: go on without any
@@ -95,8 +96,11 @@ class Config:
     clip_high: float = OPTIONS["clip_high"]  # clip, gspo: and up to 1 + clip_high
     dual_clip: float | None = OPTIONS["dual_clip"]  # clip, gspo: cap of the ratio where A < 0; 3 is usual
     cispo_max: float = OPTIONS["cispo_max"]  # cispo: cap of the ratio
-    beta: float = 0.0  # weight of the KL to the starting model; 0: no reference pass
+    beta: float = 0.0  # weight of the KL to the starting model, or to `reference`; 0: no reference pass
+    reference: str = ""  # a teacher instead of the start: folder, run or hub id, of the same vocabulary
     kl: str = "k3"  # k1 | k2 | k3 | full (exact, over the vocabulary)
+    kl_direction: str = "reverse"  # of full: reverse, KL(policy || reference), or forward, the other way
+    kl_top: int = 0  # of full: the reference's likeliest words by themselves, the rest as one; 0: all words
     kl_times_ratio: bool = False
     ref_sync_every: int = 0  # steps between moves of the reference to the policy (TR-DPO, full only)
     ref_mix: float = 0.6  # reference = ref_mix * policy + (1 - ref_mix) * reference
@@ -373,6 +377,7 @@ CHOICES = dict(
     aggregate=tuple(AGGREGATES),
     advantage=tuple(SCALES),
     kl=tuple(KL),
+    kl_direction=("reverse", "forward"),
     combine=("sum", "normalize_then_sum"),
     kernels=("auto", "torch", "triton"),
     checkpointing=("auto", "none", "light", "layers", "offload"),
@@ -392,7 +397,7 @@ RANGES = dict(
     resample_budget="[0, 100000]", reward_timeout="(0, 1e7]", top_entropy="(0, 1]",
     mismatch_clip="(0, inf)", epochs="[1, 1000]", minibatches="[1, 100000]", clip_low="[0, 1]",
     clip_high="[0, inf)", dual_clip="(1, inf)", cispo_max="(0, inf)", beta="[0, inf)",
-    ref_sync_every="[0, inf)",
+    kl_top="[0, 1e7]", ref_sync_every="[0, inf)",
     ref_mix="[0, 1]", entropy_coef="(-inf, inf)", steps="[0, 1e9]", lr="[0, 1]", warmup_steps="[0, 1e9]",
     adam_beta1="[0, 1)", adam_beta2="[0, 1)", weight_decay="[0, inf)", max_grad_norm="(0, inf]",
     lora_rank="[0, 16384]", lora_alpha="(0, inf)", lora_dropout="[0, 1)", sft_steps="[0, 1e9]",
@@ -425,7 +430,8 @@ def check_values(c: Config) -> Config:
         check_range(key, getattr(c, key), interval)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", c.device):
         raise ValueError(f"device = {c.device!r:.80} is not one of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    for refuse in (refuse_batch, refuse_reference, refuse_merging, refuse_sharing, refuse_goal):
+    checks = (refuse_batch, refuse_reference, refuse_no_reward, refuse_merging, refuse_sharing, refuse_goal)
+    for refuse in checks:
         refuse(c)
     return c
 
@@ -448,7 +454,7 @@ def check_range(key: str, value, interval: str):
 
 
 def refuse_batch(c: Config):
-    if c.group_size == 1 and not callable(c.advantage):
+    if c.group_size == 1 and not callable(c.advantage) and has_reward(c):
         raise ValueError(
             "group_size = 1 has no group to compare with, so every advantage would be 0: use 2 or more, "
             "or an advantage of your own with another baseline (docs/plugins.md has a moving average)"
@@ -476,10 +482,59 @@ def refuse_batch(c: Config):
 
 
 def refuse_reference(c: Config):
+    if c.reference and not c.beta:
+        raise ValueError(
+            f"reference = {c.reference!r:.80} is what the KL is measured to, and beta = 0 gives that no "
+            "weight: give --beta=1 to learn from it alone, about 0.05 beside rewards"
+        )
+    if c.reference and c.ref_sync_every:
+        raise ValueError(
+            "ref_sync_every moves the reference towards the policy, and a teacher stays as it is: "
+            "leave out one of reference and ref_sync_every"
+        )
+    for key in ("kl_direction", "kl_top"):
+        value = getattr(c, key)
+        if c.kl != "full" and value != FIELDS[key].default:
+            raise ValueError(
+                f"{key} = {value!r} is about whole distributions, and kl = {c.kl!r} looks at the drawn word "
+                "alone: give --kl=full"
+            )
     if c.ref_sync_every and (c.lora_rank or not c.beta):
         raise ValueError(
             "ref_sync_every moves a copy of the model towards the policy: "
             "it needs beta > 0 and full fine-tuning, lora_rank = 0"
+        )
+
+
+def has_reward(c: Config) -> bool:
+    """Whether a reward has a weight. Without one the KL to a teacher is all there is to learn from."""
+    shown = [isinstance(entry, (tuple, list)) and len(entry) == 2 and entry[1] == 0 for entry in c.rewards]
+    return not all(shown) or (bool(shown) and c.reward_weights is not None)
+
+
+def refuse_no_reward(c: Config):
+    """Without a reward there must be a teacher, and nothing that compares rewards."""
+    if has_reward(c):
+        return
+    if not c.reference:
+        raise ValueError(
+            "no reward has a weight other than 0, so there is nothing to train on: give one a weight, "
+            "or a teacher, --reference=FOLDER_OR_HUB_ID --beta=1 --kl=full"
+        )
+    if c.kl == "k1" and not c.kl_times_ratio:
+        raise ValueError(
+            "without a reward the KL is all there is to learn from, and the gradient of kl = 'k1' has "
+            "mean 0: give --kl=full"
+        )
+    if c.resample_zero_groups:
+        raise ValueError(
+            "resample_zero_groups looks for groups whose rewards differ, and no reward has a weight: "
+            "leave it out"
+        )
+    if not c.rewards and c.eval_every:
+        raise ValueError(
+            "rewards = [] has nothing to grade held-out problems with: give a reward of weight 0, "
+            "rewards = [('gsm8k', 0.0)], which is shown and not trained on, or --eval_every=0"
         )
 
 

@@ -58,6 +58,8 @@ def show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids, convers
 def main(cfg):
     device, dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
     functions = rewarding.resolve(cfg.rewards)
+    if not functions:
+        raise ValueError("rewards = [] has nothing to grade answers with: give --rewards=gsm8k, for example")
     rewarding.check_sandbox(functions, cfg.sandbox)
     task = data.load_task(cfg.task, **configs.task_options(cfg))
     checks.columns(cfg, functions, task)

@@ -45,9 +45,10 @@ def policy_head(hidden, weight, targets, tokens, objective, *, reference=None, l
     """The loss of the tokens `targets` (T,) predicted from hidden (T, D) by weight (V, D).
 
     Differentiable in hidden and weight. tokens: loss.Tokens, what each token carries. objective: a dict of
-    policy_loss's keywords, `norm` among them. reference: (hidden (T, D), weight (V, D)) of the reference
-    where the objective has the exact KL. logp_out: (T,), takes the targets' log-probabilities. temperature,
-    top_k, top_p, min_p: of the sampled distribution.
+    policy_loss's keywords, `norm` among them. reference: where the objective has the exact KL, exact_kl's
+    arguments of it: hidden (T, D') and weight (V, D') of the reference and, if they are not its defaults, the
+    direction and how many of the likeliest words it compares. logp_out: (T,), takes the targets'
+    log-probabilities. temperature, top_k, top_p, min_p: of the sampled distribution.
 
     Returns the loss (0-d), the entropy (T,) in nats and policy_loss's stats, the last two without gradient. A
     second backward through the loss needs a second forward.

@@ -30,28 +30,33 @@ def reward_metrics(scores, rewards) -> dict:
 
     reward_std is over all rewards of the step and reward_spread the mean of the groups', both with ddof 1, as
     TRL's stds are. reward_failures: completions that a reward with a weight could not score, also where
-    others could.
+    others could. Where no reward has a weight there is no reward, and only their own means are here.
     """
-    spread = []
-    for group in scores.rewards:
-        known = group[~group.isnan()]
-        spread.append(float(known.std()) if len(known) > 1 else 0.0)
-    flat = rewarding.flat_groups(scores.rewards)
     parts = scores.parts.reshape(-1, len(rewards)).numpy()  # (N, R)
     counted = [weight != 0 for _, _, weight in rewards]
-    every = scores.rewards[~scores.rewards.isnan()]
-    m = {
-        "reward": float(scores.rewards.nanmean()),
-        "reward_std": float(every.std()) if len(every) > 1 else 0.0,
-        "reward_spread": sum(spread) / len(spread),
-        "frac_reward_zero_std": len(flat) / len(scores.rewards),
-        "reward_failures": int(np.isnan(parts[:, counted]).any(1).sum()),
-    }
+    m = sum_metrics(scores, parts[:, counted]) if any(counted) else {}
     for i, (label, _, _) in enumerate(rewards):
         known = parts[:, i][~np.isnan(parts[:, i])]
         m[f"rewards/{label}/mean"] = float(known.mean()) if len(known) else None
         m[f"rewards/{label}/std"] = float(known.std(ddof=1)) if len(known) > 1 else None
     return m
+
+
+def sum_metrics(scores, counted) -> dict:
+    """Of the weighted sums of the rewards. counted: the parts (N, ..) of those with a weight."""
+    spread = []
+    for group in scores.rewards:
+        known = group[~group.isnan()]
+        spread.append(float(known.std()) if len(known) > 1 else 0.0)
+    flat = rewarding.flat_groups(scores.rewards)
+    every = scores.rewards[~scores.rewards.isnan()]
+    return {
+        "reward": float(scores.rewards.nanmean()),
+        "reward_std": float(every.std()) if len(every) > 1 else 0.0,
+        "reward_spread": sum(spread) / len(spread),
+        "frac_reward_zero_std": len(flat) / len(scores.rewards),
+        "reward_failures": int(np.isnan(counted).any(1).sum()),
+    }
 
 
 def logged_sums(logged: list) -> dict:

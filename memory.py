@@ -77,14 +77,18 @@ def kept_per_token(shape, checkpointing: str) -> int:
     return shape.L * everything
 
 
-def micro_tokens_for(free: float, cfg, shape, device: str) -> int:
+def micro_tokens_for(free: float, cfg, shape, device: str, teacher=None) -> int:
     """Tokens of a micro-batch for so many free bytes, beside weights, optimiser and cache: 1,024 to 65,536.
 
-    What the head and the gradients take is taken off, and 15 % are left for what is not counted.
+    What the head and the gradients take is taken off, and 15 % are left for what is not counted. teacher: the
+    shape of the key `reference`; one of its layers may hold more than training does.
     """
     width = number_width(cfg, device)
     one = kept_per_token(shape, checkpointing_of(cfg, device)) * width
+    if teacher:
+        one = max(one, kept_per_token(teacher, "offload") * width)
     beside = head_bytes(shape, device, 65_536, width) - 2 * 65_536 * shape.D * width
+    beside += exact_kl_bytes(cfg, shape, device, 65_536)
     beside += head_gradient(cfg, shape, device) + 4 * trained_numbers(cfg, shape)
     tokens = int((0.85 * free - beside) / (one + 2 * shape.D * width))
     return max(1024, min(65_536, tokens // 1024 * 1024))
@@ -92,16 +96,16 @@ def micro_tokens_for(free: float, cfg, shape, device: str) -> int:
 
 # --------------------------------------------------------------------------------------------- the plan
 def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=False, merged=None,
-         before=0, world=1) -> dict:  # fmt: skip
+         before=0, world=1, teacher=None) -> dict:  # fmt: skip
     """What lies in memory in each phase: {"load": {"weights": bytes, ..}, "sample": .., "train": .., ..}.
 
     device: "cpu" or "cuda". tokens: of the largest micro-batch. one_batch: it is the update's only one.
     prompt_tokens: of a prompt. merged: whether adapters are merged (None: as on a GPU with room). before:
     bytes that the process holds before the model is loaded; on a GPU 0. world: processes that share the
-    prompts.
+    prompts. teacher: the shape of the key `reference`, where that is given.
     """
     shared_by = world if cfg.shard else 1
-    held = held_always(cfg, shape, device, merged, shared_by)
+    held = held_always(cfg, shape, device, merged, shared_by, teacher)
     if before:
         held = {"Python and its packages": before} | held
     width = number_width(cfg, device)
@@ -126,10 +130,12 @@ def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=
     head = head_bytes(shape, device, tokens, width)
     phases = {"load": held, "sample": held | sampling}
     if cfg.beta:
-        phases["reference"] = held | kept | {"one layer": tokens * one_layer * width, "head": head}
+        its_layer = kept_per_token(teacher or shape, "offload")
+        phases["reference"] = held | kept | {"one layer": tokens * its_layer * width, "head": head}
     gradients = {"gradients": 4 * trained_numbers(cfg, shape) // (1 if cfg.lora_rank else shared_by)}
     forward = {"activations": tokens * kept_per_token(shape, checkpointing_of(cfg, device)) * width}
     forward |= {"head": head + head_gradient(cfg, shape, device)}
+    forward["head"] += exact_kl_bytes(cfg, shape, device, tokens)
     # At the end of a forward everything is kept and, in the first micro-batch, no gradient is there; at the
     # end of its backward it is the other way round.
     backward = gradients | {"one layer": tokens * one_layer * width}
@@ -140,15 +146,15 @@ def plan(cfg, shape, *, device: str, tokens: int, prompt_tokens: int, one_batch=
     return phases
 
 
-def held_always(cfg, shape, device: str, merged=None, shared_by=1) -> dict[str, int]:
-    """What a process holds from a run's start to its end. shared_by: processes over which it is sharded."""
-    width, layers = number_width(cfg, device), shape.L * sum(projections(shape).values())
-    trained = trained_numbers(cfg, shape)
+def held_always(cfg, shape, device: str, merged=None, shared_by=1, teacher=None) -> dict[str, int]:
+    """What a process holds from a run's start to its end. shared_by: processes over which it is sharded.
+
+    teacher: the shape of the key `reference`, where that is given.
+    """
+    width, trained = number_width(cfg, device), trained_numbers(cfg, shape)
+    held = {"weights": frozen_bytes(cfg, shape, width)}
     if cfg.base == "nf4":
-        held = {"weights": int(embeddings(shape) * width + layers * NF4_BYTES)}
         held["scratch of one layer"] = largest_projection(shape) * width
-    else:
-        held = {"weights": (embeddings(shape) + layers) * width}
     moments = 8 if cfg.optimizer_bits == 32 else 2 * (1 + 4 / 256)
     if cfg.lora_rank:
         held["adapter"] = 4 * trained
@@ -160,8 +166,10 @@ def held_always(cfg, shape, device: str, merged=None, shared_by=1) -> dict[str, 
             held["merged weights"] = shape.L * sum(targets) * width
     else:
         held["optimiser"] = int((moments + (4 if width < 4 else 0)) * trained)
-        if cfg.beta:
-            held["reference"] = held["weights"]
+    if cfg.beta and (teacher or not cfg.lora_rank):  # an adapter's start is the model without it
+        held["reference"] = frozen_bytes(cfg, teacher or shape, width)
+        if cfg.base == "nf4":
+            held["reference"] += largest_projection(teacher) * width
     if shared_by > 1:  # adapters every process has whole
         if not cfg.lora_rank:  # the sharded weights are fp32, and their own masters
             held |= {"weights": 4 * trained, "optimiser": int(moments * trained)}
@@ -170,6 +178,12 @@ def held_always(cfg, shape, device: str, merged=None, shared_by=1) -> dict[str, 
             if name in held:
                 held[name] //= shared_by
     return held
+
+
+def frozen_bytes(cfg, shape, width: int) -> int:
+    """A model's weights as they are read."""
+    layers = shape.L * sum(projections(shape).values())
+    return int(embeddings(shape) * width + layers * (NF4_BYTES if cfg.base == "nf4" else width))
 
 
 def may_merge(cfg) -> bool:
@@ -218,6 +232,14 @@ def head_bytes(shape, device: str, tokens: int, width: int) -> int:
     gradient = logits * width // 4 if width < 4 else 0
     wide = 4 * shape.V * shape.D if device == "cpu" and width < 4 else 0  # a CPU multiplies in fp32
     return logits + gradient + 2 * tokens * shape.D * width + wide
+
+
+def exact_kl_bytes(cfg, shape, device: str, tokens: int) -> int:
+    """What the exact KL takes beside the head: it has four chunks of fp32 at a time and not one."""
+    if cfg.kl != "full" or not cfg.beta:
+        return 0
+    room = CHUNK_BYTES * (GPU_CHUNKS if device == "cuda" else 1)
+    return 3 * min(room, 4 * shape.V * tokens)
 
 
 def head_gradient(cfg, shape, device: str) -> int:

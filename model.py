@@ -222,6 +222,14 @@ class Transformer(nn.Module):
     def dtype(self):
         return self.computes_in or self.embed.dtype
 
+    @torch.no_grad()
+    def cut_vocabulary(self, rows: int):
+        """Keeps the first rows of embedding and head: no other id may come in, and none is predicted."""
+        self.embed = nn.Parameter(self.embed[:rows].clone())
+        if self.untied_head is not None:
+            self.untied_head = nn.Parameter(self.untied_head[:rows].clone())
+        self.shape.V = self.config["vocab_size"] = rows
+
     def forward(self, ids, positions, plan):
         """Hidden states (T, D) after the final norm.
 

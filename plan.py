@@ -2,6 +2,7 @@
 
     python plan.py configs/gsm8k.py                     # for the GPU at hand, else for this machine's memory
     python plan.py configs/gsm8k.py --gpu_gb=24         # for a card of 24 GB
+    python plan.py configs/gsm8k.py --reference=Qwen/Qwen2.5-7B-Instruct --beta=1     # with a teacher beside it
     python plan.py --table                              # model x card: the setting that fits
 
     plan.configure(task="gsm8k", gpu_gb=24)             # keys of a config, and why
@@ -75,11 +76,19 @@ def size_of(model: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------- a card's plan
+def teacher_of(cfg) -> Shape | None:
+    """The sizes of the model that the key `reference` names; None where it names none."""
+    if not cfg.reference:
+        return None
+    return checks.teacher_shape_of(cfg) or shape_of_name(cfg.reference)
+
+
 def on_a_card(cfg, shape, gpu_gb: float, prompt_tokens: int) -> tuple[dict, int]:
     """(phases, tokens of a micro-batch) on a GPU of so many GB. micro_tokens=0 is chosen as train.py does."""
     tokens = cfg.micro_tokens or automatic_tokens(cfg, shape, gpu_gb, prompt_tokens)
     whole = memory.step_tokens(cfg, prompt_tokens)
     options = dict(prompt_tokens=prompt_tokens, one_batch=whole <= tokens, merged=merges(cfg, shape, gpu_gb))
+    options["teacher"] = teacher_of(cfg)
     return memory.plan(cfg, shape, device="cuda", tokens=min(tokens, whole), **options), min(tokens, whole)
 
 
@@ -87,7 +96,7 @@ def merges(cfg, shape, gpu_gb: float) -> bool:
     """Whether adapters are merged: run.merges_adapters, before there is a model."""
     if not memory.may_merge(cfg):
         return False
-    with_copy = memory.held_always(cfg, shape, "cuda", merged=True)
+    with_copy = memory.held_always(cfg, shape, "cuda", merged=True, teacher=teacher_of(cfg))
     free = USABLE * gpu_gb * 1e9 - memory.total(with_copy) + with_copy["merged weights"]
     return cfg.lora_merge == "on" or 4 * with_copy["merged weights"] < free
 
@@ -95,10 +104,11 @@ def merges(cfg, shape, gpu_gb: float) -> bool:
 def automatic_tokens(cfg, shape, gpu_gb: float, prompt_tokens: int) -> int:
     """What train.choose_micro_tokens will find, from what weights, optimiser and cache leave."""
     phases = memory.plan(
-        cfg, shape, device="cuda", tokens=0, prompt_tokens=prompt_tokens, merged=merges(cfg, shape, gpu_gb)
-    )
+        cfg, shape, device="cuda", tokens=0, prompt_tokens=prompt_tokens, merged=merges(cfg, shape, gpu_gb),
+        teacher=teacher_of(cfg),
+    )  # fmt: skip
     free = USABLE * gpu_gb * 1e9 - memory.total(phases["save"])
-    return memory.micro_tokens_for(free, cfg, shape, "cuda")
+    return memory.micro_tokens_for(free, cfg, shape, "cuda", teacher_of(cfg))
 
 
 def what_to_change(cfg) -> str:
@@ -129,7 +139,8 @@ def times(cfg, shape, prompt_tokens: int) -> dict[str, float]:
     passes = 4 if cfg.lora_rank else 6  # forward, and the gradients of states, and of weights
     if cfg.checkpointing in ("layers", "offload"):
         passes += 2
-    update = (passes * cfg.epochs + 2 * bool(cfg.beta)) * weights * tokens / H100["operations"]
+    judging = memory.parameters(teacher_of(cfg) or shape) if cfg.beta else 0  # a forward of the reference
+    update = (passes * weights + 2 * judging) * cfg.epochs * tokens / H100["operations"]
     return dict(sample=drawn / slots * step, update=update / H100["update_share"])
 
 
@@ -176,6 +187,8 @@ def page(cfg, shape, gpu_gb: float, prompt_tokens: int) -> str:
     """The plan of a config on a card, for a person."""
     phases, tokens = on_a_card(cfg, shape, gpu_gb, prompt_tokens)
     lines = [f"{cfg.model}: {memory.parameters(shape) / 1e9:.2f} billion weights"]
+    if cfg.reference:
+        lines.append(f"taught by {cfg.reference}: {memory.parameters(teacher_of(cfg)) / 1e9:.2f} billion")
     lines.append(f"a card of {gpu_gb:g} GB, of which {USABLE * gpu_gb:.1f} are usable")
     lines.append(f"prompts of {prompt_tokens} tokens, completions of {cfg.max_new_tokens} at most")
     lines.append(f"micro-batches of {tokens:,} tokens")

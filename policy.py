@@ -69,6 +69,31 @@ def newest_of_run(path: str) -> str:
     return str(found)
 
 
+def fit_vocabulary(teacher, its_tokenizer, model, tokenizer, name: str):
+    """Makes row i of a teacher's head the word that is row i of the model's, in place.
+
+    It may know more tokens than the model, and its head may be padded further (Qwen2.5 has 151,936 rows at 3B
+    and 152,064 at 7B): the rows beyond the model's are cut off. name: what a person calls the teacher.
+    ValueError for a token of the model that it knows by another id or not at all, and for fewer rows.
+    """
+    ids, its_ids = tokenizer.get_vocab(), its_tokenizer.get_vocab()
+    for token, i in sorted(ids.items(), key=lambda pair: pair[1]):
+        if its_ids.get(token) != i:
+            there = f"has id {its_ids[token]}" if token in its_ids else "is unknown"
+            raise ValueError(
+                f"reference = {name!r} has another vocabulary: {token!r}, which is id {i} here, {there} "
+                "there, and both models must read the same ids: take a teacher of the same family"
+            )
+    rows, its_rows = model.shape.V, teacher.shape.V
+    if its_rows < rows:
+        raise ValueError(
+            f"reference = {name!r} has {its_rows} rows in its embedding, and the model may draw {rows} ids: "
+            "take a teacher with at least as many"
+        )
+    if its_rows > rows:
+        teacher.cut_vocabulary(rows)
+
+
 def save_policy(model, tokenizer, stop_ids, folder, *, base):
     """Writes a checkpoint that transformers, vLLM or PEFT loads as it stands.
 

@@ -373,7 +373,7 @@ FINDS = {
 def resolve(rewards) -> list[tuple]:
     """[(name or function, weight), ..] -> [(label, function, weight), ..], with distinct labels.
 
-    A bare name or function has weight 1.
+    A bare name or function has weight 1. ValueError for what is none.
     """
     resolved = []
     for entry in rewards:
@@ -392,8 +392,6 @@ def resolve(rewards) -> list[tuple]:
         name = reward if isinstance(reward, str) else name_of(function)
         label = distinct(name, [taken for taken, _, _ in resolved])
         resolved.append((label, function, float(weight)))
-    if not any(weight for _, _, weight in resolved):
-        raise ValueError("no reward has a weight other than 0, so there is nothing to train on")
     return resolved
 
 

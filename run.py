@@ -3,8 +3,9 @@ term.
 
 train.py makes one Run and takes steps with it. Two things here are easily got wrong elsewhere. The
 reference is the function that training started from, in all four cases: none (beta 0), the model with its
-adapters off, the model with the adapter it started from, a frozen copy. And a run that is resumed rebuilds
-each of them from what the start left on the disk, not from what training has made of it.
+adapters off, the model with the adapter it started from, a frozen copy; or it is a teacher, another model.
+And a run that is resumed rebuilds each of them from what the start left on the disk, not from what training
+has made of it; a teacher is read again from where it is, and must be the same.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ import turns
 import warmup
 from fingerprint import hash_of_weights
 from memory import Peaks, held_by_python, may_merge
-from policy import find_model, load_policy, pick_device, save_policy
+from policy import find_model, fit_vocabulary, load_policy, newest_of_run, pick_device, save_policy
 from rollout import Sampler
 
 
@@ -68,6 +69,7 @@ class Run:
         self.checked = False  # whether sampler and trainer have been compared
         self.keys = rundir.plain(dataclasses.asdict(cfg))
         self.identity = {key: self.keys[key] for key in rundir.IDENTITY}
+        self.teacher = None  # [dtype, hash] of a teacher's weights; at first as the resumed checkpoint has it
         with ranks.together():  # before minutes of loading: is there a checkpoint, and is it this run's?
             self.id, self.resumed, moments, changed = self.find_checkpoint()
             if not cfg.resume:
@@ -112,6 +114,11 @@ class Run:
         """The device that a model is loaded on: what is to be spread is whole in the CPU's memory first."""
         return "cpu" if self.spreads else self.device
 
+    @property
+    def teacher_shape(self):
+        """The sizes of a teacher, or None: a copy of the start has the model's."""
+        return self.reference.shape if self.cfg.reference else None
+
     def share(self, model):
         """Every rank starts from the weights of rank 0. Those that are to be spread must be so already."""
         if not self.spreads:
@@ -125,9 +132,11 @@ class Run:
     def spread_models(self):
         """Each process keeps its part of the weights, which all have loaded into the CPU's memory."""
         for model in (self.model, self.reference):
-            if model is not None:
+            if model is None:
+                continue
+            if model is self.model or self.cfg.ref_sync_every:  # others are neither drawn from nor saved
                 self.copies[model] = shard.hollow(model, self.dtype)
-                shard.spread(model, dtype=self.dtype, device=self.device)
+            shard.spread(model, dtype=self.dtype, device=self.device)
         if self.start_adapter is not None:
             self.start_adapter = [tensor.to(self.device) for tensor in self.start_adapter]
         with ranks.together():
@@ -180,6 +189,7 @@ class Run:
                 stored, {key: self.identity[key] for key in known if key in self.identity}
             )
         self.state |= {key: stored[key] for key in self.state if key in stored}
+        self.teacher = stored.get("teacher")
         return before.get("run") or stored.get("run"), found, moments, changed
 
     def claim_folder(self, changed: list[str]):
@@ -203,9 +213,11 @@ class Run:
             ranks.say(f"changed since the run was started: {', '.join(changed)}")
 
     def look_for_model(self):
-        """Before a folder is moved: is there a model at all? ValueError where there is not."""
+        """Before a folder is moved: is there a model at all, and a teacher? ValueError where there is not."""
         if self.cfg.scratch is None:
             find_model(self.cfg.model)
+        if self.cfg.reference:
+            find_model(self.cfg.reference)
 
     def load_models(self):
         """The policy as it stands now, and the reference as it stood at the start."""
@@ -234,7 +246,9 @@ class Run:
                 "full fine-tuning cannot start from an adapter: merge it first, "
                 "python sample.py --model=ADAPTER --merge=FOLDER, and give --model=FOLDER"
             )
-        elif cfg.beta:
+        if cfg.reference:
+            self.load_teacher()
+        elif cfg.beta and not cfg.lora_rank:
             self.load_reference()
 
     def make_start(self, folder: Path):
@@ -318,10 +332,26 @@ class Run:
             self.reference, *_ = load_policy(str(folder), dtype=self.dtype, device=self.loads_on)
         self.reference.requires_grad_(False)
 
+    def load_teacher(self):
+        """The model that the key `reference` names, frozen. ValueError where it cannot teach this one."""
+        name = self.cfg.reference
+        loaded = load_policy(name, dtype=self.dtype, device=self.loads_on, base=self.cfg.base)
+        self.reference, tokenizer, _, _ = loaded
+        fit_vocabulary(self.reference, tokenizer, self.model, self.tokenizer, name)
+        self.reference.requires_grad_(False)
+        # A run's folder stands for its newest checkpoint, which may be another one when we are resumed.
+        weights = hash_of_weights(list(enumerate(self.reference.parameters())))
+        before, self.teacher = self.teacher, [str(self.dtype), weights]
+        if before and before[0] == self.teacher[0] and before != self.teacher:
+            raise ValueError(
+                f"the weights in {newest_of_run(name)} are not those of the teacher that this run was "
+                "started with: put those back, or start anew in another out_dir"
+            )
+
     @contextlib.contextmanager
     def as_reference(self):
-        """The model of the KL term: a frozen copy, or this model with its adapters
-        off or as they were at the start.
+        """The model of the KL term: a teacher or a frozen copy, or this model with its
+        adapters off or as they were at the start.
         """
         self.model.eval()  # no dropout in a reference
         if self.reference is not None:
@@ -393,7 +423,7 @@ class Run:
     def save(self, moments: dict) -> Path:
         """Writes ckpt/step_NNNNNN, whole or not at all. moments: the optimiser's, from `moments`."""
         state = {key: value for key, value in self.state.items() if key != "step"}
-        state |= dict(model=self.identity, run=self.id)
+        state |= dict(model=self.identity, run=self.id, teacher=self.teacher)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.peaks("save"))
             for model, copy in self.copies.items():

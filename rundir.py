@@ -22,7 +22,7 @@ OURS = ("config.json", "metrics.jsonl", "rollouts", "ckpt", "start", "report.htm
 IDENTITY = (
     "model", "base", "scratch", "alphabet", "adapter", "lora_rank", "lora_alpha", "lora_targets", "seed",
     "sft_steps", "sft_batch", "sft_lr", "task", "task_options", "train_file", "system_prompt", "prefill",
-    "prompts_per_step", "optimizer_bits",
+    "prompts_per_step", "optimizer_bits", "reference",
 )  # fmt: skip
 # Keys of how a run is watched or where it runs; their change is nobody's business.
 UNSAID = ("resume", "out_dir", "device", "threads", "wandb", "wandb_project", "show_every", "rollouts_every")

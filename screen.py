@@ -4,6 +4,7 @@ On a terminal colours help (NO_COLOR switches them off, no-color.org) and lines 
 are cut, and the columns that matter least are left out. In a log file everything is there, without colour.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ import memory
 import nf4
 import rewards as rewarding
 from evaluation import summary
+from policy import newest_of_run
 from ranks import say, world
 
 STYLES = dict(bold="1", dim="2", green="32")
@@ -40,6 +42,8 @@ def header(run):
     cfg = run.cfg
     say(paint(what_it_is(run), "bold"))
     say(what_is_trained(run))
+    if cfg.reference:
+        say(what_teaches(run))
     say("differs from the defaults:")
     width = columns_of_screen() or 110
     for key, value in configs.differences(cfg).items():
@@ -57,10 +61,11 @@ def header(run):
 def what_it_is(run) -> str:
     """GRPO on gsm8k: 300 steps of 16 prompts x 16 completions of up to 512 tokens, into out/gsm8k"""
     cfg = run.cfg
+    how = "GRPO" if configs.has_reward(cfg) else "on-policy distillation"
     size = (
         f"{cfg.prompts_per_step} prompts x {cfg.group_size} completions of up to {cfg.max_new_tokens} tokens"
     )
-    return f"GRPO on {configs.task_name(cfg)}: {cfg.steps} steps of {size}, into {run.out}"
+    return f"{how} on {configs.task_name(cfg)}: {cfg.steps} steps of {size}, into {run.out}"
 
 
 def cut(text: str, width: int) -> str:
@@ -84,6 +89,18 @@ def what_is_trained(run) -> str:
     return sentence
 
 
+def what_teaches(run) -> str:
+    """What the KL is measured to, and in which way."""
+    cfg, teacher = run.cfg, run.reference
+    size = sum(p.numel() for p in teacher.parameters()) + nf4.weights_in(teacher)
+    sentence = f"teacher: {newest_of_run(cfg.reference)}: {teacher.shape.family}, {size:,} parameters; "
+    sentence += f"beta {cfg.beta:g}, kl {cfg.kl}"
+    if cfg.kl == "full":
+        sentence += f", {cfg.kl_direction}"
+        sentence += f", the {cfg.kl_top} likeliest words and the rest as one" if cfg.kl_top else ""
+    return sentence
+
+
 def what_is_isolated(mode: str) -> str:
     from tasks import sandbox
 
@@ -98,6 +115,7 @@ def planned(run, prompt_tokens: int, tokens: int, one_batch: bool) -> dict:
     return memory.plan(
         run.cfg, run.model.shape, device=run.model.device.type, tokens=tokens, one_batch=one_batch,
         prompt_tokens=prompt_tokens, merged=run.merges, before=run.before, world=world(),
+        teacher=run.teacher_shape,
     )  # fmt: skip
 
 
@@ -109,7 +127,7 @@ def memory_plan(run, prompt_tokens: int) -> str:
     if device.type == "cuda" and not run.micro_tokens:
         held = memory.total(planned(run, prompt_tokens, 0, True)["save"])
         room = torch.cuda.get_device_properties(device).total_memory
-        tokens = memory.micro_tokens_for(room - held, cfg, run.model.shape, "cuda")
+        tokens = memory.micro_tokens_for(room - held, cfg, run.model.shape, "cuda", run.teacher_shape)
     phases = planned(run, prompt_tokens, min(tokens, step), one_batch=step <= tokens)
     parts = [f"{what} {size / 1e9:.2f}" for what, size in phases["load"].items()]
     peaks = [f"{phase} {memory.total(held) / 1e9:.2f}" for phase, held in phases.items() if phase != "load"]
@@ -144,6 +162,8 @@ COLUMNS = [
     ("sample t/s", "tokens_per_second/sample", "10,.0f", 7),
     ("train t/s", "tokens_per_second/train", "10,.0f", 8),
 ]
+# Metrics that a run without a reward does not have: what it learns from is the KL to a teacher.
+OF_REWARD = ("reward", "reward_spread", "frac_reward_zero_std", "reward_failures")
 LEGEND = (
     "spread: of the rewards within a group (std); cut%: completions that met max_new_tokens; same%: groups "
     "whose rewards are all equal, which teach nothing; none: completions that no reward could score; t/s: "
@@ -160,13 +180,15 @@ def legend():
 
 def shown_columns(run) -> list:
     """(heading, metric, format, characters) of the columns that fit, one for each reward among them."""
-    parts = []
-    if len(run.rewards) > 1:
+    parts, rewarded = [], configs.has_reward(run.cfg)
+    if len(run.rewards) > 1 or not rewarded:
         for label, _, _ in run.rewards:
             parts.append((label, f"rewards/{label}/mean", "7.3f", 1))
     columns = []
     for heading, metric, spec, goes in [COLUMNS[0], *parts, *COLUMNS[1:]]:
         if heading == "kl" and not run.cfg.beta:
+            continue
+        if metric in OF_REWARD and not rewarded:
             continue
         width = max(int(spec.split(",")[0].split(".")[0]), len(heading))
         columns.append((heading, metric, spec, width, goes))
@@ -200,7 +222,8 @@ def evaluated(name: str, metrics: dict) -> str:
 
 
 def show_sample(row, text, reward):
-    say(f"      | {shorten(last_words(row['prompt']))} -> {shorten(text)}   reward {reward:.2f}")
+    paid = "" if math.isnan(reward) else f"   reward {reward:.2f}"
+    say(f"      | {shorten(last_words(row['prompt']))} -> {shorten(text)}{paid}")
 
 
 def last_words(prompt) -> str:

@@ -170,7 +170,7 @@ def draw(run, step) -> Batch:
     with ranks.together():  # a reward that fails on one rank stops all of them
         batch = sample_and_score(run, step, step.rows, step.numbers)
     step.drawn = step.scores = gather_scores(batch)
-    if step.number == 1 and not cfg.force:
+    if step.number == 1 and configs.has_reward(cfg) and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
         # Of each rank the reward whose form is missing most, and in how many answers.
         of_ranks, missing = gather(missing_form(step.rewards, batch.texts)), None
@@ -295,6 +295,8 @@ def advantages_of(run, step):
     need the rewards of all ranks.
     """
     scores, state = step.scores, run.state["advantage"]
+    if not configs.has_reward(run.cfg):  # what is learnt is the KL to a teacher
+        return torch.zeros_like(scores.rewards), state
     if run.cfg.combine == "normalize_then_sum":  # GDPO looks at each reward by itself
         weights = torch.tensor([weight for _, _, weight in step.rewards], dtype=torch.float64)
         return normalize_then_sum(scores.parts, weights), state
@@ -349,7 +351,7 @@ def choose_micro_tokens(run) -> int:
         return memory.CPU_TOKENS
     torch.cuda.empty_cache()  # what torch holds and does not use counts as free
     free, _ = torch.cuda.mem_get_info(device)
-    tokens = memory.micro_tokens_for(free, run.cfg, run.model.shape, "cuda")
+    tokens = memory.micro_tokens_for(free, run.cfg, run.model.shape, "cuda", run.teacher_shape)
     say(f"micro-batches of {tokens:,} tokens: {free / 1e9:.1f} GB are free")
     return tokens
 
@@ -492,19 +494,17 @@ def step_normaliser(cfg, batch, groups) -> float:
 
 @torch.no_grad()
 def look_up_reference(run, step, prompts, completions, drawn=None):
-    """(ref_logp (T,), None), or (None, (hidden (T, D), head (V, D))) for the exact KL; (None, None) at beta
-    0.
-    """
+    """(ref_logp (T,), None), or (None, exact_kl's arguments of the reference); (None, None) at beta 0."""
     if not run.cfg.beta:
         return None, None
-    # The same tokens under the model that training started from. With LoRA that is this model with its
-    # adapters off, so no second copy is held.
+    # The same tokens under the model that training started from, or under a teacher. With LoRA the start is
+    # this model with its adapters off, so no second copy is held.
     with run.as_reference() as reference:
         # The exact KL needs the reference's whole distribution, which head.py makes
         # a chunk at a time from these.
         if run.cfg.kl == "full":
             hidden, _ = reference.completion_hidden(prompts, completions, drawn)
-            return None, (hidden, reference.head.detach())
+            return None, (hidden, reference.head.detach(), run.cfg.kl_direction, run.cfg.kl_top)
         logp, _, _ = reference.completion_logprobs(prompts, completions, drawn=drawn, **step.sampling)
         return logp, None
 

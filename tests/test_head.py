@@ -142,6 +142,22 @@ def test_it_is_its_definition_and_a_multiple_of_the_loss_has_a_multiple_of_the_g
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("options", [("reverse", 6), ("forward", 0), ("forward", 6)])
+@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
+def test_the_exact_kl_goes_either_way_and_over_the_likeliest_words(options, sampling):
+    """The reference is of another width, its head frozen, under the policy's temperature and truncation."""
+    hidden, weight, targets, tokens = batch()
+    objective = whole(dict(objective="clip", aggregate="token", kl="full", beta=0.1, entropy_coef=0.0))
+    reference = hidden.flip(0)[:, :3].clone(), weight.flip(1)[:, :3].clone(), *options
+    both = hidden.requires_grad_(), weight.requires_grad_()
+    results = []
+    for function in (policy_head, policy_head_ref):
+        loss, entropy, stats = function(*both, targets, tokens, objective, reference=reference, **sampling)
+        results.append([loss.detach(), entropy, stats["kl"], *torch.autograd.grad(loss, both)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
 def test_the_definition_truncates_the_exact_kl_as_the_policy_is_truncated():
     """The definition itself, against logits written out here: it once left the truncation out of the KL."""
     hidden, weight, targets, tokens = batch()

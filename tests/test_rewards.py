@@ -556,9 +556,6 @@ def test_an_unknown_reward_stops_with_the_nearest_name():
     for bad in ([(3, 1.0)], [("gsm8k", "1")], [("gsm8k", float("nan"))], [("gsm8k", True)], [None]):
         with pytest.raises(ValueError, match="rewards are pairs"):
             resolve(bad)
-    for bad in ([], [("gsm8k", 0.0)]):
-        with pytest.raises(ValueError, match="nothing to train on"):
-            resolve(bad)
 
 
 def test_labels_are_distinct():
