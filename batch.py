@@ -168,7 +168,7 @@ def gather_scores(batch) -> Scores:
     rewards = torch.from_numpy(np.concatenate([scores.rewards for scores in everyone]))  # (N,)
     return Scores(
         prompts=[prompt for scores in everyone for prompt in scores.prompts],
-        parts=parts.view(-1, G, parts.shape[1]),
+        parts=parts.unflatten(0, (-1, G)),
         rewards=rewards.view(-1, G),
         lengths=[length for scores in everyone for length in scores.lengths],
         stopped=[stopped for scores in everyone for stopped in scores.stopped],

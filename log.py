@@ -32,7 +32,7 @@ def reward_metrics(scores, rewards) -> dict:
     TRL's stds are. reward_failures: completions that a reward with a weight could not score, also where
     others could. Where no reward has a weight there is no reward, and only their own means are here.
     """
-    parts = scores.parts.reshape(-1, len(rewards)).numpy()  # (N, R)
+    parts = scores.parts.flatten(0, 1).numpy()  # (N, R)
     counted = [weight != 0 for _, _, weight in rewards]
     m = sum_metrics(scores, parts[:, counted]) if any(counted) else {}
     for i, (label, _, _) in enumerate(rewards):

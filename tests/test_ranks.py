@@ -24,7 +24,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 import ranks
 import train
-import test_ranks, test_shard
+import test_ranks, test_shard, test_teacher
 try:
     status = train.main(test_ranks.CASES[sys.argv[2]](Path(sys.argv[1])))
 except ValueError as e:
