@@ -151,7 +151,7 @@ def shape_of(cfg) -> Shape | None:
 
 
 def teacher_shape_of(cfg) -> Shape | None:
-    """The sizes of the model that the key `reference` names; None where it names none, or none is here yet."""
+    """The sizes of the model that the key `reference` names; None where it names none, or a hub id."""
     return shape_in(cfg.reference) if cfg.reference else None
 
 

@@ -67,7 +67,7 @@ PANELS = [
         "Groups that teach nothing, answers cut", "%",
         {"frac_reward_zero_std": "all rewards equal", "completions/clipped_ratio": "cut"}, scale=100,
     ),
-    Panel("Entropy and KL", "nats", {"entropy": "entropy", "kl": "KL to the start"}),
+    Panel("Entropy and KL", "nats", {"entropy": "entropy", "kl": "KL to the reference"}),
     Panel(
         "Trainer against sampler", "|difference|, nats",
         {f"{DIFFERENCE}/mean": "mean", f"{DIFFERENCE}/max": "largest"}, log=True,
@@ -119,7 +119,7 @@ def curves_of(panel: Panel, rows: list[dict], alone: bool) -> list[dict]:
     if alone and "reward" in keys:
         found = dict.fromkeys(key for row in rows for key in row)
         parts = [key for key in found if re.fullmatch("rewards/.+/mean", key)]
-        if len(parts) > 1:  # a single one is the reward itself
+        if len(parts) > 1 or "reward" not in found:  # a single one with a weight is the reward itself
             keys |= {key: key.removeprefix("rewards/").removesuffix("/mean") for key in parts}
     curves = []
     for key, name in keys.items():

@@ -346,11 +346,13 @@ def key_figures(run: Recorded):
         if first is not last:
             value = f"{first['eval/strict']:.1%} → {value}"
         yield "held-out accuracy", value, interval(last)
-    steps = [row for row in run.rows if number(row.get("reward")) is not None]
-    if not steps:
+    learnt = [key for key in ("reward", "kl") if any(number(row.get(key)) is not None for row in run.rows)]
+    if not learnt:
         return
+    main = learnt[0]  # a run without a reward learns from the KL to a teacher
+    steps = [row for row in run.rows if number(row.get(main)) is not None]
     some = max(1, len(steps) // 10)
-    for what, key, spec in (("reward", "reward", ".3f"), ("length", "completions/mean_length", ".0f")):
+    for what, key, spec in ((main, main, ".3f"), ("length", "completions/mean_length", ".0f")):
         first, last = mean(steps[:some], key), mean(steps[-some:], key)
         if first is not None and last is not None:
             yield what, f"{first:{spec}} → {last:{spec}}", f"mean of {some} first and last steps"

@@ -1,15 +1,22 @@
-"""On-policy distillation: the model of configs/arithmetic.py teaches its own warm-up model, token by token.
+"""On-policy distillation: the trained model of configs/arithmetic.py teaches the model it started from.
 
-    python train.py configs/arithmetic.py && python train.py configs/distil.py
+python train.py configs/arithmetic.py && python train.py configs/distil.py
+
+No reward is trained on. The student draws its own answers, and at each of their tokens the teacher says how
+likely it holds every word. RL gives a whole answer one bit; this gives each of its 27 tokens a distribution:
+what took RL 100 steps is learnt in 33, and most of it in 10. docs/distillation.md has the formula and figures.
 """
 
-model, reference = "out/arithmetic/start", "out/arithmetic"
+model = "out/arithmetic/start"  # the warmed-up model that RL began with
+reference = "out/arithmetic"  # the teacher: a run's folder is its newest checkpoint
+beta, kl = 1.0, "full"  # the loss is the exact KL(student || teacher) at every token that the student drew
+
 task, task_options = "arithmetic", dict(style="chars", digits=3)
-rewards = [("arithmetic", 0.0)]
-beta, kl = 1.0, "full"
+rewards = [("arithmetic", 0.0)]  # weight 0: shown, and what held-out answers are graded with
+
 lora_rank = 0
 prompts_per_step, group_size, micro_tokens = 16, 8, 16384
 max_new_tokens, temperature = 30, 0.7
-steps, lr, warmup_steps = 33, 1e-3, 3
+steps, lr, warmup_steps = 33, 2e-4, 3
 eval_every, eval_problems = 11, 500
-save_every, show_every = 50, 11
+save_every, show_every = 0, 11

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "evaluation": {"data", "rewards"},
     "checks": {"config", "data", "memory", "policy", "progress", "rewards", "shape", "turns", "usage"},
     "warmup": {"data", "model", "optim", "progress"},
-    "screen": {"config", "data", "evaluation", "memory", "nf4", "ranks", "rewards"},
+    "screen": {"config", "data", "evaluation", "memory", "nf4", "policy", "ranks", "rewards"},
     "trackers": {"config", "screen"},
     "log": {"checkpoint", "config", "data", "ranks", "rewards", "screen", "trackers"},
 }
