@@ -2,7 +2,7 @@
 
     python plan.py configs/gsm8k.py                     # for the GPU at hand, else for this machine's memory
     python plan.py configs/gsm8k.py --gpu_gb=24         # for a card of 24 GB
-    python plan.py configs/gsm8k.py --reference=Qwen/Qwen2.5-7B-Instruct --beta=1     # with a teacher beside it
+    python plan.py configs/gsm8k.py --reference=Qwen/Qwen2.5-7B-Instruct --beta=1     # and a teacher
     python plan.py --table                              # model x card: the setting that fits
 
     plan.configure(task="gsm8k", gpu_gb=24)             # keys of a config, and why

@@ -69,21 +69,18 @@ def newest_of_run(path: str) -> str:
     return str(found)
 
 
-def fit_vocabulary(teacher, its_tokenizer, model, tokenizer, name: str):
-    """Makes row i of a teacher's head the word that is row i of the model's, in place.
+def load_teacher(name: str, model, tokenizer, *, dtype, device, base="dense"):
+    """The frozen model of a folder, run or hub id, whose word i is word i of `model`.
 
     It may know more tokens than the model, and its head may be padded further (Qwen2.5 has 151,936 rows at 3B
-    and 152,064 at 7B): the rows beyond the model's are cut off. name: what a person calls the teacher.
-    ValueError for a token of the model that it knows by another id or not at all, and for fewer rows.
+    and 152,064 at 7B): rows beyond the model's are cut off. ValueError where it knows a token of the model by
+    another id or not at all, or has fewer rows.
     """
-    ids, its_ids = tokenizer.get_vocab(), its_tokenizer.get_vocab()
-    for token, i in sorted(ids.items(), key=lambda pair: pair[1]):
-        if its_ids.get(token) != i:
-            there = f"has id {its_ids[token]}" if token in its_ids else "is unknown"
-            raise ValueError(
-                f"reference = {name!r} has another vocabulary: {token!r}, which is id {i} here, {there} "
-                "there, and both models must read the same ids: take a teacher of the same family"
-            )
+    from transformers import AutoTokenizer
+
+    folder, _, _ = find_model(name)
+    refuse_vocabulary(name, AutoTokenizer.from_pretrained(folder).get_vocab(), tokenizer.get_vocab())
+    teacher, *_ = load_policy(name, dtype=dtype, device=device, base=base)
     rows, its_rows = model.shape.V, teacher.shape.V
     if its_rows < rows:
         raise ValueError(
@@ -92,6 +89,18 @@ def fit_vocabulary(teacher, its_tokenizer, model, tokenizer, name: str):
         )
     if its_rows > rows:
         teacher.cut_vocabulary(rows)
+    return teacher.requires_grad_(False)
+
+
+def refuse_vocabulary(name: str, its_ids: dict, ids: dict):
+    """ValueError where a teacher would read another token than the model wrote. ids: token -> id of each."""
+    for token, i in sorted(ids.items(), key=lambda pair: pair[1]):
+        if its_ids.get(token) != i:
+            there = f"has id {its_ids[token]}" if token in its_ids else "is unknown"
+            raise ValueError(
+                f"reference = {name!r} has another vocabulary: {token!r}, which is id {i} here, {there} "
+                "there, and both models must read the same ids: take a teacher of the same family"
+            )
 
 
 def save_policy(model, tokenizer, stop_ids, folder, *, base):

@@ -36,7 +36,7 @@ import turns
 import warmup
 from fingerprint import hash_of_weights
 from memory import Peaks, held_by_python, may_merge
-from policy import find_model, fit_vocabulary, load_policy, newest_of_run, pick_device, save_policy
+from policy import find_model, load_policy, load_teacher, newest_of_run, pick_device, save_policy
 from rollout import Sampler
 
 
@@ -334,11 +334,8 @@ class Run:
 
     def load_teacher(self):
         """The model that the key `reference` names, frozen. ValueError where it cannot teach this one."""
-        name = self.cfg.reference
-        loaded = load_policy(name, dtype=self.dtype, device=self.loads_on, base=self.cfg.base)
-        self.reference, tokenizer, _, _ = loaded
-        fit_vocabulary(self.reference, tokenizer, self.model, self.tokenizer, name)
-        self.reference.requires_grad_(False)
+        name, options = self.cfg.reference, dict(dtype=self.dtype, device=self.loads_on, base=self.cfg.base)
+        self.reference = load_teacher(name, self.model, self.tokenizer, **options)
         # A run's folder stands for its newest checkpoint, which may be another one when we are resumed.
         weights = hash_of_weights(list(enumerate(self.reference.parameters())))
         before, self.teacher = self.teacher, [str(self.dtype), weights]

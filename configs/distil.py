@@ -3,8 +3,8 @@
 python train.py configs/arithmetic.py && python train.py configs/distil.py
 
 No reward is trained on. The student draws its own answers, and at each of their tokens the teacher says how
-likely it holds every word. RL gives a whole answer one bit; this gives each of its 27 tokens a distribution:
-what took RL 100 steps is learnt in 33, and most of it in 10. docs/distillation.md has the formula and figures.
+likely it holds every word. RL gives a whole answer one bit; this gives each of its 27 tokens a distribution.
+docs/distillation.md has the formula and the figures.
 """
 
 model = "out/arithmetic/start"  # the warmed-up model that RL began with

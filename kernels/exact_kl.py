@@ -18,7 +18,7 @@ words as one, whose probability is the sum of theirs. Nothing is renormalised. W
 only where both agree on these words and on the rest's sum, and never above that over all words (merging
 outcomes cannot raise a KL). Of the words in the rest each keeps its share: dKL/dz_j = (p_j / P) dKL/dz_rest,
 with P the sum of theirs under the policy. Renormalised over the likeliest words instead, a KL does not see
-how much probability lies outside, and the policy's may grow there (arXiv:2608.14728, which adds the rest too).
+how much probability lies outside, and the policy's may grow there (arXiv:2608.14728 adds the rest, too).
 
 Under truncated sampling (top-k, top-p, min-p) both are renormalised over the set that the policy keeps:
 outside it the policy has probability 0. `top` then takes the likeliest words of that set.

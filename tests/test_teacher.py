@@ -14,8 +14,8 @@ import config as configs
 import memory
 import plan
 import train
-from conftest import ALPHABET, SHAPE, even, rows, same, settings, untimed, weights
-from policy import fit_vocabulary, load_policy, save_policy
+from conftest import ALPHABET, ROOT, SHAPE, even, rows, same, settings, untimed, weights
+from policy import load_policy, load_teacher, save_policy
 from run import Run
 from test_ranks import CASES, case, on
 
@@ -129,6 +129,8 @@ def test_without_a_reward_the_screen_shows_the_kl_and_no_reward(tmp_path, teache
     assert metrics[-1]["kl"] < metrics[0]["kl"] and "eval/strict" in metrics[-1]
     rollouts = rows(Path(cfg.out_dir) / "rollouts" / "step_000002.jsonl")
     assert {(r["reward"], r["advantage"]) for r in rollouts} == {(None, 0.0)}
+    page = (Path(cfg.out_dir) / "report.html").read_text()
+    assert "KL to the reference" in page and "<dt>kl</dt>" in page and '"title":"Reward"' in page
 
 
 @pytest.mark.slow
@@ -146,6 +148,27 @@ def test_the_policy_comes_nearer_to_its_teacher(tmp_path, teacher, keys, left):
     assert train.main(cfg) == 0
     kl = [m["kl"] for m in rows(Path(cfg.out_dir) / "metrics.jsonl")]
     assert sum(kl[-5:]) < left * sum(kl[:5])
+
+
+def warmed_up(tmp_path, name, *flags, **options):
+    """configs/arithmetic.py's model of two-digit sums, warmed up. Returns the run's folder."""
+    folder = tmp_path / name
+    options = dict(style="chars", digits=2) | options
+    words = [str(ROOT / "configs/arithmetic.py"), "--sft_steps=150", f"--out_dir={folder}", *flags]
+    words += [f"--task_options={options!r}", "--eval_problems=200", "--rollouts_every=0", "--threads=1"]
+    assert train.main(configs.load([*words, "--device=cpu"])) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_that_works_its_sums_teaches_one_that_guesses_in_eight_steps(tmp_path):
+    """configs/distil.py in small. 2 % before and 79 % after, where the teacher has 94 %."""
+    knows = warmed_up(tmp_path, "teacher", "--steps=0", worked_share=1.0)
+    flags = [f"--reference={knows / 'start'}", "--beta=1", "--kl=full", "--rewards=[('arithmetic', 0.0)]"]
+    flags += ["--steps=8", "--lr=2e-4", "--eval_every=8"]
+    student = warmed_up(tmp_path, "student", *flags, worked_first=2880, worked_share=0.15)
+    before, *_, after = [m["eval/strict"] for m in rows(student / "metrics.jsonl") if "eval/strict" in m]
+    assert before < 0.2 and after > 0.6
 
 
 def test_a_teacher_beside_rewards_leaves_the_policy_term_as_it_is(tmp_path, teacher):
@@ -239,9 +262,8 @@ def test_rows_that_only_the_teacher_has_are_cut_off(tmp_path, kl):
 def test_a_teacher_with_fewer_rows_than_the_model_is_refused(tmp_path):
     folder = saved(tmp_path / "plain")
     model, tokenizer, _, _ = load_policy(padded(folder, 5))
-    teacher, its_tokenizer, _, _ = load_policy(folder)
     with pytest.raises(ValueError, match="19 rows in its embedding, and the model may draw 24"):
-        fit_vocabulary(teacher, its_tokenizer, model, tokenizer, folder)
+        load_teacher(folder, model, tokenizer, dtype=torch.float32, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------- refused
