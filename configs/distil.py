@@ -15,7 +15,7 @@ task, task_options = "arithmetic", dict(style="chars", digits=3)
 rewards = [("arithmetic", 0.0)]  # weight 0: shown, and what held-out answers are graded with
 
 lora_rank = 0
-prompts_per_step, group_size, micro_tokens = 16, 8, 16384
+prompts_per_step, group_size = 32, 1  # nothing is compared within a group, so one answer a prompt is enough
 max_new_tokens, temperature = 30, 0.7
 steps, lr, warmup_steps = 33, 2e-4, 3
 eval_every, eval_problems = 11, 500

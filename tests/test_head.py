@@ -144,9 +144,14 @@ def test_it_is_its_definition_and_a_multiple_of_the_loss_has_a_multiple_of_the_g
 
 @pytest.mark.parametrize("options", [("reverse", 6), ("forward", 0), ("forward", 6)])
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
-def test_the_exact_kl_goes_either_way_and_over_the_likeliest_words(options, sampling):
-    """The reference is of another width, its head frozen, under the policy's temperature and truncation."""
+@pytest.mark.parametrize("rewarded", [True, False])
+def test_the_exact_kl_goes_either_way_and_over_the_likeliest_words(options, sampling, rewarded):
+    """The reference is of another width, its head frozen, under the policy's temperature and truncation.
+
+    Where no row has an advantage the gradient is that of the KL alone.
+    """
     hidden, weight, targets, tokens = batch()
+    tokens.adv *= rewarded
     objective = whole(dict(objective="clip", aggregate="token", kl="full", beta=0.1, entropy_coef=0.0))
     reference = hidden.flip(0)[:, :3].clone(), weight.flip(1)[:, :3].clone(), *options
     both = hidden.requires_grad_(), weight.requires_grad_()
