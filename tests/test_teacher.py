@@ -4,6 +4,8 @@ What exact_kl computes is in tests/test_exact_kl.py; here are runs, on a tiny mo
 """
 
 import dataclasses
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -296,6 +298,19 @@ def test_a_teacher_that_is_not_there_or_reads_too_little_is_refused_before_anyth
     short = saved(tmp_path / "short", max_position_embeddings=12)
     with pytest.raises(ValueError, match="no room for a prompt before the teacher"):
         checks.model(taught(tmp_path, short))
+
+
+def test_the_commands_of_the_page_load_and_its_table_is_what_the_runs_measured():
+    page = (ROOT / "docs/distillation.md").read_text()
+    commands = re.findall(r"python train\.py ([^\n&]+)", page)
+    assert len(commands) >= 4
+    for command in commands:
+        configs.load(shlex.split(command.strip("`")))
+    found = re.findall(r"^\| \[seed \d\]\(\.\./(\S+)\) \|(.*)\|[^|]*\|$", page, re.M)
+    assert len(found) == 5
+    for file, cells in found:
+        measured = [m["eval/strict"] for m in rows(ROOT / file) if "eval/strict" in m]
+        assert [float(cell) for cell in cells.split("|")] == [round(100 * share, 1) for share in measured]
 
 
 def test_names_of_other_trainers_lead_here():
