@@ -123,9 +123,7 @@ def whole_rows_head(
     hidden, weight, targets, tokens, objective, reference, logp_out, *, temperature, **truncation
 ):
     """As policy_head: all log-probabilities first, then the objective on all tokens, then autograd."""
-    learns = torch.is_grad_enabled() and not learns_from_kl_alone(tokens, objective, reference)
-    with torch.set_grad_enabled(learns):
-        logp, entropy = logprob(hidden, weight, targets, temperature=temperature, **truncation)
+    logp, entropy = logprob(hidden, weight, targets, temperature=temperature, **truncation)
     if logp_out is not None:
         logp_out.copy_(logp.detach())
     kl = None
@@ -137,18 +135,6 @@ def whole_rows_head(
     carried = whole_rows(tokens, objective)
     loss, stats = policy_loss(logp, entropy=entropy, exact_kl=kl, **carried, **objective)
     return loss, entropy.detach(), stats
-
-
-def learns_from_kl_alone(tokens, objective, reference) -> bool:
-    """Whether the gradient goes through the exact KL and nothing else: a teacher without a reward.
-
-    The log-probabilities are then for the log. Without a gradient the head takes 8 T D V operations for 10,
-    and 14 for 20 where it learns.
-    """
-    if reference is None or not objective.get("beta"):
-        return False
-    others = objective.get("entropy_coef") or objective.get("kl_times_ratio")
-    return not others and not bool(tokens.adv.any())
 
 
 def policy_head_ref(hidden, weight, targets, tokens, objective, *, reference=None, logp_out=None, **sampling):

@@ -61,7 +61,7 @@ def numbers(*x):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("kl", ["k3", "full"])
+@pytest.mark.parametrize("kl", ["k3", "full", "forward, top 3"])
 def test_an_update_waits_for_the_gradient_norm_only(launched, monkeypatch, rank, kl):
     net = on_meta(rank).train()
     net.checkpointing = "layers" if kl == "k3" else "light"
@@ -76,7 +76,10 @@ def test_an_update_waits_for_the_gradient_norm_only(launched, monkeypatch, rank,
         old_logp=ref_logp,
         ref_logp=ref_logp if kl == "k3" else None,
     )
-    reference = (hidden.detach(), net.head.detach()) if kl == "full" else None
+    reference = None
+    if kl != "k3":
+        reference = (hidden.detach(), net.head.detach(), *(("forward", 3) if "top" in kl else ()))
+        kl = "full"
     objective = dict(objective="clip", beta=0.1, kl=kl, entropy_coef=0.01, aggregate="sequence", norm=4.0)
     loss, _, _ = policy_head(
         hidden, net.head, targets, tokens, objective, reference=reference, temperature=0.9

@@ -13,6 +13,7 @@ import torch
 
 import checks
 import config as configs
+import eval as eval_script
 import memory
 import plan
 import train
@@ -288,6 +289,11 @@ REFUSED = [
 def test_what_cannot_be_meant_is_refused_with_what_to_type(tmp_path, keys, sentence):
     with pytest.raises(ValueError, match=sentence):
         taught(tmp_path, "somewhere", **keys)
+
+
+def test_an_evaluation_without_a_grader_is_refused(tmp_path, teacher):
+    with pytest.raises(ValueError, match="nothing to grade answers with"):
+        eval_script.main(taught(tmp_path, teacher))
 
 
 def test_a_teacher_that_is_not_there_or_reads_too_little_is_refused_before_anything_is_moved(tmp_path):
