@@ -17,7 +17,7 @@ import eval as eval_script
 import memory
 import plan
 import train
-from conftest import ALPHABET, ROOT, SHAPE, even, rows, same, settings, untimed, weights
+from conftest import ALPHABET, ROOT, SHAPE, WITH_TURNS, even, rows, same, settings, untimed, weights
 from policy import load_policy, load_teacher, save_policy
 from run import Run
 from test_ranks import CASES, case, on
@@ -53,22 +53,27 @@ def one_step(run) -> tuple[dict, torch.Tensor]:
     return metrics, torch.cat(grads)
 
 
-def whole_kl(run, prompts, ids, direction, temperature):
-    """The mean KL over the tokens of completions, by whole logits of each sequence: a loop, and autograd."""
+def whole_kl(run, prompts, out, direction, temperature):
+    """The mean KL over drawn tokens, by whole logits of each sequence: a loop, and autograd."""
     total, count = 0.0, 0
-    for prompt, completion in zip(prompts, ids):
+    for n, (completion, drawn) in enumerate(zip(out.ids, out.drawn)):
+        prompt = prompts[n // 4]
         sequence = torch.tensor(prompt + completion)
         places = slice(len(prompt) - 1, len(sequence) - 1)
         p = (run.model.logits(sequence)[places] / temperature).softmax(-1)
         q = (run.reference.logits(sequence)[places] / temperature).softmax(-1)
         if direction == "forward":
             p, q = q, p
-        total = total + (p * (p.log() - q.log())).sum()
-        count += len(completion)
+        kl = (p * (p.log() - q.log())).sum(-1)
+        total = total + kl[torch.tensor(drawn)].sum()
+        count += sum(drawn)
     return total / count
 
 
-@pytest.mark.parametrize("keys", [dict(), dict(kl_direction="forward", **LORA)], ids=["full", "LoRA"])
+STEPS = [dict(), dict(kl_direction="forward", **LORA), WITH_TURNS]
+
+
+@pytest.mark.parametrize("keys", STEPS, ids=["full", "LoRA", "turns"])
 def test_a_step_without_rewards_is_the_mean_kl_of_what_was_drawn(tmp_path, teacher, keys):
     run = Run(taught(tmp_path, teacher, temperature=0.7, beta=0.5, **keys))
     drawn = []
@@ -76,15 +81,16 @@ def test_a_step_without_rewards_is_the_mean_kl_of_what_was_drawn(tmp_path, teach
 
     def generate(prompts, **options):
         out = real(prompts, **options)
-        drawn.append(([prompt for prompt in prompts for _ in range(4)], out.ids))
+        drawn.append((prompts, out))
         return out
 
     run.sampler.generate = generate
     metrics, grads = one_step(run)
-    ((prompts, ids),) = drawn
+    ((prompts, out),) = drawn
+    assert all(map(all, out.drawn)) == (keys is not WITH_TURNS)  # what an environment says is not learnt
     for p in run.model.parameters():
         p.grad = None
-    kl = whole_kl(run, prompts, ids, run.cfg.kl_direction, 0.7)
+    kl = whole_kl(run, prompts, out, run.cfg.kl_direction, 0.7)
     (0.5 * kl).backward()
     kl = float(kl.detach())
     want = torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad])
