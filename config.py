@@ -114,6 +114,7 @@ class Config:
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
     optimizer_bits: int = 32  # 8: Adam's moments of large tensors in 8 bits, 2 bytes a parameter for 8
+    offload_optimizer: bool = False  # masters and moments in the host's memory: 12 of bf16's 18 bytes
     shard_optimizer: bool = False  # several processes share moments and masters (ZeRO-1): the same bits
     shard: bool = False  # several processes share weights and gradients, too (FSDP2)
     max_grad_norm: float = 1.0
@@ -597,6 +598,11 @@ def goal_reached(goal: str, metrics: dict) -> bool:
 
 
 def refuse_sharing(c: Config):
+    if c.offload_optimizer and c.optimizer_bits == 8:
+        raise ValueError(
+            "offload_optimizer = True takes the moments off the GPU, so there is nothing to gain from "
+            "optimizer_bits = 8: leave one of the two out"
+        )
     if c.shard and c.shard_optimizer:
         raise ValueError("shard = True shares the optimiser too: leave shard_optimizer out")
     if c.shard and c.lora_merge == "on":
@@ -609,6 +615,7 @@ def refuse_sharing(c: Config):
         ("optimizer_bits", 8),
         ("dtype", "float16"),
         ("checkpointing", "offload"),
+        ("offload_optimizer", True),
     ):
         if c.shard and getattr(c, key) == value:
             raise ValueError(f"shard = True has no {key} = {value!r}: leave one of the two out")

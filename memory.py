@@ -156,6 +156,7 @@ def held_always(cfg, shape, device: str, merged=None, shared_by=1, teacher=None)
     if cfg.base == "nf4":
         held["scratch of one layer"] = largest_projection(shape) * width
     moments = 8 if cfg.optimizer_bits == 32 else 2 * (1 + 4 / 256)
+    away = cfg.offload_optimizer and device == "cuda"
     if cfg.lora_rank:
         held["adapter"] = 4 * trained
         held["optimiser"] = int(moments * trained)

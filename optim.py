@@ -24,6 +24,11 @@ from their owners after each step. Same arithmetic, same bits.
 With bits=8 the moments of large tensors are held in 8 bits (blocks.py), 2 bytes a parameter for 8: of bf16's
 18 bytes 12 remain. They are expanded a piece at a time, updated in fp32 and rounded again.
 
+With offload=True masters and moments lie in the host's memory, pinned: of bf16's 18 bytes 6 remain on the
+GPU. A piece at a time goes to the GPU, is updated there by the same kernel, and goes back, without a wait in
+between: the same bits. Nothing goes while the backward runs, since clipping needs the norm of all gradients
+before the first piece.
+
 Papers: AdamW arXiv:1711.05101; mixed precision with master weights arXiv:1710.03740; 8 bits arXiv:2110.02861.
 """
 
@@ -35,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.adamw import adamw
 
 import blocks
 
@@ -44,17 +50,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_PIECE = 1 << 18
 
 # Moments of 8 bits, as in bitsandbytes: numbers that share a scale, and the least that a tensor must have.
-# Biases and norms are below it: they take no memory and are the most easily upset.
+# Biases and norms are below it: they take no memory and are the most easily upset. Nor are they offloaded.
 BLOCK = 256
-LEAST_8_BIT = 4096
+LARGE = 4096
 # Numbers updated at once: on a CPU what a cache holds, on a GPU so few that their fp32 moments are no memory.
-PIECE_8_BIT = {"cpu": 1 << 16, "cuda": 1 << 24}
+PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 class AdamW:
     """AdamW over `named_params`, [(name, parameter)]; those with requires_grad=False are left out.
 
     bits: 32, or 8 for the moments of tensors with at least 4,096 numbers.
+    offload: masters and moments of tensors with at least 4,096 numbers are in the host's memory.
     scaled: the loss is multiplied by `loss_scale` before its backward, for fp16 (LossScale).
     owners: the rank that updates each of the trained parameters, and `rank`, who we are; None: all are ours.
     weight_decay: decoupled (w -= lr * weight_decay * w), on tensors of at least `decay_from_dims` dims.
@@ -77,6 +84,7 @@ class AdamW:
         rank: int = 0,
         bits: int = 32,
         scaled: bool = False,
+        offload: bool = False,
     ):
         trainable = [(name, param) for name, param in named_params if param.requires_grad]
         refuse_nothing_and_twice(trainable)
@@ -92,7 +100,9 @@ class AdamW:
         self.low = []  # (parameter, its master) of ours
         for param, mine in zip(self.params, self.mine):
             held = param
-            if param.dtype.itemsize < 4 and mine:
+            if offload and mine and param.numel() >= LARGE:
+                held = Offloaded(param)
+            elif param.dtype.itemsize < 4 and mine:
                 held = param.detach().float()
                 self.low.append((param, held))
             elif param.dtype.itemsize < 4:
@@ -101,8 +111,8 @@ class AdamW:
         for param, master in zip(self.params, self.fp32):
             if master is param:
                 continue
-            # Of two optimisers on one tensor the first's hook would take every
-            # gradient and the second see none.
+            # Of two optimisers on one tensor the first's hook would take every gradient, and the second
+            # see none.
             if hasattr(param, "fp32_grad_hook"):
                 param.fp32_grad_hook.remove()
             param.fp32_grad_hook = param.register_post_accumulate_grad_hook(partial(_accumulate, master))
@@ -110,9 +120,12 @@ class AdamW:
         # Two groups, because torch has one weight decay a group.
         self.updated = [t for t, mine in zip(self.fp32, self.mine) if mine]
         self.bits = bits
-        large = [t for t in self.updated if is_8_bit(t, bits)]
+        away = [t for t in self.updated if isinstance(t, Offloaded)]
+        self.away = AdamWOffloaded(away, betas, eps, weight_decay, decay_from_dims)
+        here = [t for t in self.updated if not isinstance(t, Offloaded)]
+        large = [t for t in here if is_8_bit(t, bits)]
         self.eight = AdamW8bit(large, betas, eps, weight_decay, decay_from_dims)
-        others = [t for t in self.updated if not is_8_bit(t, bits)]
+        others = [t for t in here if not is_8_bit(t, bits)]
         decayed = [t for t in others if t.dim() >= decay_from_dims]
         plain = [t for t in others if t.dim() < decay_from_dims]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -132,8 +145,11 @@ class AdamW:
         anything, and state() of a run at step 0 has the same tensors as at any other.
         """
         self.moments = {t: first_moments(t, self.bits, t.device) for t in self.updated}
+        self.away.moments = {t: self.moments[t] for t in self.away.tensors}
         self.counters = []  # torch's, one a tensor
         for t, moments in self.moments.items():
+            if isinstance(t, Offloaded):
+                continue
             if is_8_bit(t, self.bits):
                 self.eight.moments[t] = moments
                 continue
@@ -147,7 +163,8 @@ class AdamW:
 
     def masters(self) -> list[tuple[int, Tensor]]:
         """(number of the parameter, what is updated of it): of ours, where ranks share them."""
-        return [(i, t) for i, (t, mine) in enumerate(zip(self.fp32, self.mine)) if mine]
+        self.away.wait()
+        return [(i, updated_of(t)) for i, (t, mine) in enumerate(zip(self.fp32, self.mine)) if mine]
 
     @property
     def loss_scale(self) -> float:
@@ -213,9 +230,10 @@ class AdamW:
         self.adamw.step()
         self.updates += 1
         self.eight.step(lr, int(self.updates))
+        self.away.step(lr, int(self.updates))
         # torch's fused kernel does not count its writes. Counted, a backward through weights of before the
         # update is an error and not a wrong gradient, and lora.py sees that a merged weight is out of date.
-        increment_version(self.updated)
+        increment_version([updated_of(t) for t in self.updated])
         self._round()
         return norm
 
@@ -250,9 +268,10 @@ class AdamW:
             if mine:
                 for moment, tensor in self.moments[t].items():
                     tensors[f"{moment}.{name}"] = tensor
-                if t is not param:
-                    tensors[f"master.{name}"] = t
+                if updated_of(t) is not param:
+                    tensors[f"master.{name}"] = updated_of(t)
         tensors["step"] = self.updates
+        self.away.wait()
         if self.scale is not None:
             tensors |= {"loss_scale": self.scale.value, "loss_scale_good": self.scale.good}
         return tensors
@@ -327,13 +346,20 @@ class LossScale:
         return True
 
 
+def updated_of(t) -> Tensor:
+    """The fp32 tensor that is updated, of an entry of AdamW.fp32."""
+    return t.updated if isinstance(t, Offloaded) else t
+
+
 def is_8_bit(t: Tensor, bits: int) -> bool:
     """Whether the moments of a parameter, or of its master, are held in 8 bits."""
-    return bits == 8 and t.numel() >= LEAST_8_BIT and t.dtype.itemsize <= 4
+    return bits == 8 and t.numel() >= LARGE and t.dtype.itemsize <= 4
 
 
 def first_moments(t: Tensor, bits: int, device) -> dict[str, Tensor]:
     """A parameter's moments before the first update: all zero. 8 bits: numbers uint8, and fp32 a block."""
+    if isinstance(t, Offloaded):
+        return {moment: t.on_host(torch.zeros(t.param.shape, dtype=torch.float32)) for moment in MOMENTS}
     if not is_8_bit(t, bits):
         wide = torch.promote_types(t.dtype, torch.float32)
         return {moment: torch.zeros_like(t, dtype=wide, device=device) for moment in MOMENTS}
@@ -362,7 +388,7 @@ class AdamW8bit:
     def step(self, lr: float, number: int):
         """Update `number`, counted from 1. Every tensor has a gradient."""
         for t, decay in zip(self.tensors, self.decay):
-            size = PIECE_8_BIT.get(t.device.type, PIECE_8_BIT["cuda"])
+            size = PIECE.get(t.device.type, PIECE["cuda"])
             moments = [x.view(-1) for x in self.moments[t].values()]
             # Views of the live tensors: what is written into a piece is written into them.
             pieces = [x.split(size if len(x) == t.numel() else size // BLOCK) for x in moments]
@@ -391,6 +417,69 @@ def keep(moment: Tensor, numbers: Tensor, absmax: Tensor, signed: bool):
         found += (found == 0) & (moment > 0)
     numbers.copy_(found)
     absmax.copy_(scales)
+
+
+class Offloaded:
+    """Stands for what is updated of a parameter with its state in the host's memory: its gradient is here.
+
+    updated: the fp32 master, in the host's memory; of a parameter of 32 bits itself, on its device.
+    """
+
+    grad: Tensor | None = None
+    device = torch.device("cpu")
+
+    def __init__(self, param: nn.Parameter):
+        self.param = param
+        self.updated = param if param.dtype.itemsize == 4 else self.on_host(param.detach().float())
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """Pinned where the parameter is on a GPU: only from and to there a copy waits for nobody."""
+        tensor = tensor.to("cpu", copy=True)
+        return tensor.pin_memory() if self.param.device.type == "cuda" else tensor
+
+    def dim(self) -> int:
+        return self.param.dim()
+
+
+class AdamWOffloaded:
+    """AdamW's update of Offloaded tensors: a piece at a time on the parameter's device, by torch's kernel.
+
+    All is queued on the current stream, so that a piece is back before its memory is taken again.
+    """
+
+    def __init__(self, tensors: list[Offloaded], betas, eps, weight_decay, decay_from_dims):
+        self.tensors, self.betas, self.eps = tensors, betas, eps
+        self.decay = [weight_decay if t.dim() >= decay_from_dims else 0.0 for t in tensors]
+        self.moments: dict[Offloaded, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, lr: float, number: int):
+        """Update `number`, counted from 1. Every tensor has a gradient."""
+        for t, decay in zip(self.tensors, self.decay):
+            held = [t.updated, *self.moments[t].values(), t.param]
+            pieces = [x.detach().view(-1).split(PIECE["cuda"]) for x in held]
+            for grad, *state in zip(t.grad.reshape(-1).split(PIECE["cuda"]), *pieces):
+                self.update(grad, *state, lr, number, decay)
+
+    def update(self, grad, updated, mean, square, param, lr, number, decay):
+        """Moves a piece (n,) of state and parameter by its gradient. All fp32 but param, which is rounded."""
+        device = grad.device
+        here = [x.to(device, copy=True, non_blocking=True) for x in (updated, mean, square)]
+        count = torch.full((), number - 1.0, device=device)  # the kernel counts it up
+        beta1, beta2 = self.betas
+        adamw(
+            [here[0]], [grad], [here[1]], [here[2]], [], [count], fused=True, amsgrad=False, beta1=beta1,
+            beta2=beta2, lr=lr, weight_decay=decay, eps=self.eps, maximize=False,
+        )  # fmt: skip
+        for x, moved in zip((updated, mean, square), here):
+            x.copy_(moved, non_blocking=True)
+        if param.dtype != updated.dtype:
+            param.copy_(here[0])
+
+    def wait(self):
+        """Until what has been moved is in the host's memory, and can be read there."""
+        if any(t.param.device.type == "cuda" for t in self.tensors):
+            torch.cuda.synchronize()
 
 
 class GradientOnly:

@@ -159,6 +159,7 @@ class Run:
         if cfg.shard_optimizer and ranks.world() > 1:
             owners = ranks.share_out([p for _, p in params if p.requires_grad])
         options |= dict(bits=cfg.optimizer_bits, scaled=self.dtype == torch.float16)
+        options["offload"] = cfg.offload_optimizer
         return optim.AdamW(params, owners=owners, rank=ranks.rank(), **options)
 
     def find_checkpoint(self):

@@ -302,8 +302,67 @@ def wide_model(dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("cut", [0, 3])
 def test_8_bits_loaded_in_mid_run_continue_with_the_same_bits(dtype, cut, monkeypatch):
     """And updates do not depend on how many numbers are updated at once."""
-    smaller = partial(monkeypatch.setitem, optim.PIECE_8_BIT, "cpu", 512)
+    smaller = partial(monkeypatch.setitem, optim.PIECE, "cpu", 512)
     goes_on_with_the_same_bits(wide_model, dtype, cut, then=smaller, bits=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_state_has_the_same_bits(dtype, monkeypatch):
+    """Whatever the size of a piece: the ends of pieces are where the kernel's own blocks end."""
+    monkeypatch.setitem(optim.PIECE, "cuda", 1024)
+    plain, away = wide_model(dtype), wide_model(dtype)
+    here, there = AdamW(named(plain), lr=1.0, **OPTIONS), AdamW(named(away), lr=1.0, offload=True, **OPTIONS)
+    assert len(there.away.tensors) == sum(p.numel() >= optim.LARGE for p in away.parameters()) > 0
+    for cut in (range(3), range(3, 6)):
+        updates(plain, here, cut, max_norm=0.5)
+        updates(away, there, cut, max_norm=0.5)
+        assert same_bits(away.state_dict(), plain.state_dict())
+        assert same_bits(there.state(), here.state())
+        assert [i for i, _ in there.masters()] == [i for i, _ in here.masters()]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(there.masters(), here.masters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [0, 3])
+def test_offloaded_state_loaded_in_mid_run_continues_with_the_same_bits(dtype, cut):
+    goes_on_with_the_same_bits(wide_model, dtype, cut, offload=True)
+
+
+def test_offloaded_state_goes_on_where_it_was_not_offloaded_and_back():
+    straight, net = wide_model(torch.bfloat16), wide_model(torch.bfloat16)
+    opt, now = AdamW(named(straight), lr=1.0), AdamW(named(net), lr=1.0)
+    updates(straight, opt, range(6))
+    for steps, offload in ((range(2), True), (range(2, 4), False), (range(4, 6), True)):
+        state = copies(now.state())
+        now = AdamW(named(net), lr=1.0, offload=offload)
+        now.load_state(state)
+        updates(net, now, steps)
+    assert same_bits(net.state_dict(), straight.state_dict())
+
+
+def test_an_offloaded_gradient_that_is_not_finite_moves_nothing():
+    net = wide_model(torch.bfloat16)
+    opt = AdamW(named(net), lr=1.0, offload=True)
+    before = copies(opt.state()) | copies(net.state_dict())
+    next(net.parameters()).grad = torch.full_like(next(net.parameters()), math.nan)
+    with pytest.raises(FloatingPointError, match="0.weight"):
+        opt.step(1e-2, max_norm=1.0)
+    assert same_bits(opt.state() | net.state_dict(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloaded_state_is_in_the_hosts_memory():
+    net = wide_model(torch.bfloat16).cuda()
+    before = torch.cuda.memory_allocated()
+    opt = AdamW(named(net), lr=1.0, offload=True)
+    large = sum(p.numel() for p in net.parameters() if p.numel() >= optim.LARGE)
+    assert torch.cuda.memory_allocated() - before < large
+    assert all(t.is_pinned() for stand_in in opt.away.tensors for t in opt.moments[stand_in].values())
+    plain = wide_model(torch.bfloat16).cuda()
+    here = AdamW(named(plain), lr=1.0)
+    updates(net, opt, range(4)), updates(plain, here, range(4))
+    assert same_bits(net.state_dict(), plain.state_dict())
 
 
 def test_8_bits_take_two_bytes_a_number_and_small_tensors_keep_32():
