@@ -226,6 +226,12 @@ def room(cfg):
             f"needs {need / 1e9:,.0f} GB, and {room / 1e9:.0f} GB are there: take a smaller model, or see "
             "what fits with python plan.py --table"
         )
+    away = memory.optimiser_on_host(cfg, shape) if on_gpu else 0
+    if away > host_bytes():
+        raise ValueError(
+            f"offload_optimizer = True needs {away / 1e9:,.0f} GB of the host's memory, and "
+            f"{host_bytes() / 1e9:.0f} GB are there: take a smaller model, or --lora_rank=32"
+        )
 
 
 def host_bytes() -> float:

@@ -24,6 +24,7 @@ from kernels.logprob import CHUNK_BYTES, GPU_CHUNKS
 
 TOKENIZER = 120_000_000  # bytes of transformers' tokenizers, once they are imported
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384  # a weight: 4 bits, a byte a block of 64, fp32 a block of 256 of those
+OFFLOADED_PIECE = 12 << 24  # bytes on a GPU of an optimiser whose state is in the host's memory (optim.PIECE)
 CPU_TOKENS = 8192  # of a micro-batch that is chosen: a CPU gains nothing from more
 
 
@@ -156,7 +157,6 @@ def held_always(cfg, shape, device: str, merged=None, shared_by=1, teacher=None)
     if cfg.base == "nf4":
         held["scratch of one layer"] = largest_projection(shape) * width
     moments = 8 if cfg.optimizer_bits == 32 else 2 * (1 + 4 / 256)
-    away = cfg.offload_optimizer and device == "cuda"
     if cfg.lora_rank:
         held["adapter"] = 4 * trained
         held["optimiser"] = int(moments * trained)
@@ -171,6 +171,8 @@ def held_always(cfg, shape, device: str, merged=None, shared_by=1, teacher=None)
         held["reference"] = frozen_bytes(cfg, teacher or shape, width)
         if cfg.base == "nf4":
             held["reference"] += largest_projection(teacher) * width
+    if cfg.offload_optimizer and device == "cuda":  # a piece of it is on the card
+        held["optimiser"] = min(held["optimiser"], OFFLOADED_PIECE)
     if shared_by > 1:  # adapters every process has whole
         if not cfg.lora_rank:  # the sharded weights are fp32, and their own masters
             held |= {"weights": 4 * trained, "optimiser": int(moments * trained)}
@@ -185,6 +187,13 @@ def frozen_bytes(cfg, shape, width: int) -> int:
     """A model's weights as they are read."""
     layers = shape.L * sum(projections(shape).values())
     return int(embeddings(shape) * width + layers * (NF4_BYTES if cfg.base == "nf4" else width))
+
+
+def optimiser_on_host(cfg, shape) -> int:
+    """Bytes of masters and moments that wait in the host's memory while a GPU trains."""
+    if not cfg.offload_optimizer:
+        return 0
+    return (8 if cfg.lora_rank else 12) * trained_numbers(cfg, shape)
 
 
 def may_merge(cfg) -> bool:

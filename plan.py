@@ -119,6 +119,8 @@ def what_to_change(cfg) -> str:
         return "--checkpointing=offload keeps those inputs in the host's memory"
     if cfg.micro_tokens == 0 or cfg.micro_tokens > LEAST_TOKENS:
         return f"--micro_tokens={LEAST_TOKENS} takes fewer tokens at once"
+    if not cfg.lora_rank and not cfg.offload_optimizer and cfg.optimizer_bits == 32:
+        return "--offload_optimizer=True keeps masters and moments in the host's memory"
     if not cfg.lora_rank:
         return "--lora_rank=32 trains an adapter: no gradients, masters and moments of all weights"
     if cfg.base != "nf4":
@@ -197,6 +199,9 @@ def page(cfg, shape, gpu_gb: float, prompt_tokens: int) -> str:
         for what, size in parts.items():
             if size >= 5e6:
                 lines.append(f"  {size / 1e9:16.2f}    {what}")
+    away = memory.optimiser_on_host(cfg, shape)
+    if away:
+        lines.append(f"\nin the host's memory {away / 1e9:.2f} GB of masters and moments")
     peak, room = memory.peak(phases) / 1e9, USABLE * gpu_gb
     lines.append(f"\nat most {peak:.2f} GB of {room:.1f}")
     if peak > room:

@@ -70,7 +70,7 @@ ELSEWHERE = {
     "torch_dtype": "dtype",
     "gradient_checkpointing": "checkpointing",
     "load_in_4bit": "base, nf4",
-    "optim": "nothing: it is AdamW; optimizer_bits=8 is its 8-bit form",
+    "optim": "nothing: it is AdamW; optimizer_bits=8 is its 8-bit form, offload_optimizer its paged one",
     # PEFT
     "r": "lora_rank",
     "lora_r": "lora_rank",

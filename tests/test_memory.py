@@ -237,3 +237,14 @@ def test_a_step_of_a_real_model_holds_what_was_planned(tmp_path, smollm2, keys):
     assert out.returncode == 0, out.stdout + out.stderr
     told = json.loads(out.stdout.splitlines()[-1])
     assert told["held"] == pytest.approx(told["plan"], rel=0.1), told
+
+
+def test_a_plan_takes_an_offloaded_optimiser_off_the_card():
+    full = dict(lora_rank=0, model="Qwen/Qwen2.5-1.5B-Instruct")
+    shape = plan.shape_of_name(full["model"])
+    here, there = configs.Config(**full), configs.Config(**full, offload_optimizer=True)
+    held, without = [memory.held_always(cfg, shape, "cuda") for cfg in (here, there)]
+    trained = memory.parameters(shape)
+    assert held["optimiser"] == 12 * trained == memory.optimiser_on_host(there, shape)
+    assert without["optimiser"] < 0.3e9 and without["weights"] == held["weights"]
+    assert memory.held_always(there, shape, "cpu")["optimiser"] == 8 * trained
