@@ -365,6 +365,7 @@ def refuse_roles(roles: list[str], where: str):
 TASKS = {  # name -> the function that makes its rows, or the module that holds it as `task`
     "arithmetic": "tasks.arithmetic",
     "countdown": "tasks.countdown",
+    "guess": "tasks.guess",
     "gsm8k": gsm8k,
     "math": "tasks.math",
     "code": "tasks.code",

@@ -274,6 +274,8 @@ class Run:
     def warm_up(self):
         """Trains self.model on demonstrations. Returns what holds the weights on rank 0."""
         options = configs.warm_up_options(self.cfg)
+        if self.cfg.env:
+            options |= turns.of_demonstrations(self.tokenizer, self.stop_ids, configs.turn_options(self.cfg))
         whole = self.model
         if self.spreads:
             whole = shard.hollow(self.model, self.dtype)

@@ -21,6 +21,7 @@ import checks
 import config as configs
 import data
 import rundir
+import turns
 from policy import load_policy, pick_device, save_policy
 from warmup import warm_up
 
@@ -38,7 +39,10 @@ def main(cfg, folder=None):
             cfg.model, scratch=cfg.scratch, alphabet=cfg.alphabet, seed=cfg.seed, dtype=dtype, device=device
         )
     task = data.load_task(cfg.task, **configs.task_options(cfg))
-    warm_up(model, tokenizer, task, stop_id=stop_ids[0], **configs.warm_up_options(cfg))
+    options = configs.warm_up_options(cfg)
+    if cfg.env:
+        options |= turns.of_demonstrations(tokenizer, stop_ids, configs.turn_options(cfg))
+    warm_up(model, tokenizer, task, stop_id=stop_ids[0], **options)
     if os.path.exists(os.path.join(folder, "config.json")):
         print(f"{folder} held an earlier model, which is now {rundir.move_aside(Path(folder))}")
     save_policy(model, tokenizer, stop_ids, folder, base=base)

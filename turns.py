@@ -31,7 +31,7 @@ from data import short
 from rewards import is_async, outcome, place
 
 # Names for the key `env` -> the module that holds the environment, as `env`.
-ENVS = {}
+ENVS = {"guess": "tasks.guess"}
 
 # Calls of environments that run at once; an async environment's calls all do.
 THREADS = 32
@@ -81,6 +81,12 @@ class Wrapper:
             before = before[1:]
         text = self.head + text + self.tail
         return before + data.encode(self.tokenizer, text, split_special_tokens=True) + self.after
+
+
+def of_demonstrations(tokenizer, stop_ids, options: dict) -> dict:
+    """warmup.warm_up's keywords for conversations. options: Conversations's."""
+    wrapper = Wrapper(tokenizer, role=options["role"], prefill=options["prefill"], stop_ids=stop_ids)
+    return dict(wrapper=wrapper, turn_ends=options["turn_ends"])
 
 
 def turn_markers(tokenizer, role: str) -> tuple[str, str]:
