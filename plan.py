@@ -47,6 +47,7 @@ LEAST_TOKENS = 4096  # of a micro-batch: below that a GPU waits for its host
 LENGTHS = {
     "arithmetic": (40, 128),
     "countdown": (120, 512),
+    "guess": (3, 60),
     "gsm8k": (150, 512),
     "math": (150, 1024),
     "code": (250, 512),
