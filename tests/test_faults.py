@@ -294,10 +294,10 @@ def send_at_some_time(number):
         time.sleep(victim.rng.random() * victim.seconds)
         os.kill(victim.rng.choice(pids), number)
         if len(pids) > 1 and not select.select([victim.server.process.stdout], [], [], 15)[0]:
-            # The other process waits for one that never came. That is its launcher's to end, as torchrun does.
+            # The other process waits for one that never came, which is its launcher's to end (torchrun's).
             assert b"GRPO on" not in victim.log.read_bytes()[said:], "the processes had met"
             for pid in pids:
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGKILL)
         return victim.server.wait(pids)
 
     return strike
