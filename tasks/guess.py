@@ -36,7 +36,8 @@ def game(seed, index: int, *, high: int, walkers: float) -> dict:
     """
     number = 1 + (hashed(seed, index // high) + index) % high
     walks = int((index + 1) * walkers) > int(index * walkers)  # exactly a share of any run of rows
-    return dict(prompt=f"{high}:", number=number, solution=played(number, high, walks, hashed(seed, index)))
+    solution = played(number, high, walks, hashed(seed, index))
+    return dict(prompt=f"{high}:", number=number, high=high, solution=solution)
 
 
 def played(number: int, high: int, walks: bool, u: int) -> list[str]:
@@ -58,7 +59,7 @@ class env:
     """Compares each guess with the row's number, says which way it is, and rewards few guesses."""
 
     def __init__(self, row):
-        self.number = row["number"]
+        self.number, self.most = row["number"], row["high"].bit_length()
         self.guesses, self.found = 0, False
 
     def step(self, said: str) -> str | None:
@@ -73,8 +74,8 @@ class env:
         return ">" if self.number > guess else "<"
 
     def reward(self) -> float:
-        """1 for a first guess, 1/10 less for each more; -1 where the number was not found."""
-        return 1 - (self.guesses - 1) / 10 if self.found else -1.0
+        """1 for as many guesses as who halves ever needs, 1/10 less for each more; 0 where it was not found."""
+        return 1 + (self.most - self.guesses) / 10 if self.found else 0.0
 
 
 def fewest_guesses(high: int) -> float:

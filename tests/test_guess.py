@@ -29,19 +29,20 @@ def test_rows_are_functions_of_seed_and_index_and_each_number_comes_once_in_a_st
 def test_a_demonstration_is_what_the_environment_would_have_said(high, walks):
     for number in range(1, high + 1, max(1, high // 40)):
         texts = played(number, high, walks, 12345678901234567890 * number)
-        game = env(dict(number=number))
+        game = env(dict(number=number, high=high))
         for said, reply in zip(texts[::2], [*texts[1::2], None]):
             assert game.step(said) == reply
-        assert game.found and game.reward() == pytest.approx(1 - (len(texts) // 2) / 10)
+        most = high.bit_length()
+        assert game.found and game.reward() == pytest.approx(1 + (most - len(texts[::2])) / 10)
 
 
 @pytest.mark.parametrize("said", ["", "?", "x?", "-3?", "٣?", "1" * 1_000_000 + "?", "3\0?", "3 ?", "16"])
 def test_what_is_no_guess_loses_the_game_and_breaks_nothing(said):
-    game = env(dict(number=5))
+    game = env(dict(number=5, high=32))
     if said == "16":
         assert game.step(said) == "<"
     else:
-        assert game.step(said) is None and game.reward() == -1.0
+        assert game.step(said) is None and game.reward() == 0.0
 
 
 def test_the_best_player_halves():
