@@ -74,7 +74,7 @@ class env:
         return ">" if self.number > guess else "<"
 
     def reward(self) -> float:
-        """1 for as many guesses as who halves ever needs, 1/10 less for each more; 0 where it was not found."""
+        """1 for as many guesses as who halves ever needs, 1/10 less for each more; 0 if not found."""
         return 1 + (self.most - self.guesses) / 10 if self.found else 0.0
 
 
