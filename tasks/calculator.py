@@ -3,8 +3,8 @@
     env, env_role, turn_ends = "calculator", "", ("</calc>",)                   # in a config file
 
 The model writes "48 / 2 = <calc>48/2</calc>", the environment replies "24" right there, in the same message,
-and the model goes on (configs/gsm8k_calculator.py). Numbers, + - * / and parentheses, in exact fractions; what
-is none of that gets the reply "error". Nothing is evaluated but a tree of numbers and the four operators.
+and the model goes on (configs/gsm8k_calculator.py). Numbers, + - * / and parentheses, in exact fractions;
+what is none of that gets the reply "error". Nothing is evaluated but a tree of numbers and four operators.
 
 Tests: python -m pytest tests/test_calculator.py
 """

@@ -3,6 +3,8 @@ trained on."""
 
 import asyncio
 import random
+import re
+import string
 import time
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 import kernels
 import train
-from conftest import ALPHABET, WITH_TURNS, Echo, checkpoint, rows, same, settings, weights
+from config import load
+from conftest import ALPHABET, ROOT, SHAPE, WITH_TURNS, Echo, checkpoint, rows, same, settings, weights
 from data import char_tokenizer, chat_ids, encode, prompt_ids
 from policy import load_policy
 from rollout import Sampler
@@ -455,3 +458,27 @@ def test_on_real_models_turns_are_the_templates_own_and_the_trainer_agrees(name,
     whole = chat_ids(tokenizer, messages)
     said = encode(tokenizer, "Perhaps 84") + [tokenizer.eos_token_id]
     assert prompt + said + conversations.wrapper.ids("Are you sure?", after_stop=True) == whole
+
+
+# -------------------------------------------------------------------------------------------- docs/turns.md
+PAGE = dict(
+    re.findall(r"```python\n# configs/(\w+)\.py\n(.*?)```", (ROOT / "docs/turns.md").read_text(), re.S)
+)
+SMALL = f"""
+model, scratch = "", {SHAPE | dict(max_position_embeddings=256)!r}
+alphabet = {"".join(sorted(set(string.printable) - set(string.whitespace) | {" "}))!r}
+task, task_options = "arithmetic", dict(style="chars", digits=2)
+turn_ends, max_turns, max_context = tuple("aeiou0123"), 3, 200
+lora_rank, prompts_per_step, group_size, max_new_tokens = 0, 4, 4, 24
+steps, lr, eval_every, save_every, rollouts_every, show_every = 2, 1e-2, 0, 0, 0, 0
+device, threads, force = "cpu", 1, True
+"""
+
+
+@pytest.mark.parametrize("name", ["my_environment", "my_game"])
+def test_the_pages_files_run_as_they_stand(tmp_path, name):
+    path = tmp_path / f"{name}.py"
+    path.write_text(PAGE[name] + SMALL)
+    assert train.main(load([str(path), f"--out_dir={tmp_path / 'run'}"])) == 0
+    last = rows(tmp_path / "run/metrics.jsonl")[-1]
+    assert last["turns/mean"] > 1.2 and last["turns/env_failures"] == 0
