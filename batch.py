@@ -108,6 +108,7 @@ class Batch:
     kept: torch.Tensor | None = None  # (n,) bool: counts in the loss and in its divisor
     needed: torch.Tensor | None = None  # (n,) bool: has a gradient, so it is computed
     entropy_bar: torch.Tensor | None = None  # nats; tokens below it leave the policy term
+    conversations: list | None = None  # n, of each row what rollouts/ shows of its turns
     extra: dict = field(default_factory=dict)  # column -> n values, which rewards logged for rollouts/
     old_logp: list[list[float]] | None = None  # n, what ratios compare with; None: the policy as it is
     entropies: dict = field(default_factory=dict)  # row -> (C,) nats, of the trainer, as far as computed
@@ -124,7 +125,7 @@ class Batch:
         here, there = slice(b * G, b * G + G), slice(i * G, i * G + G)
         for name in ("ids", "drawn", "logprobs", "stopped", "entropies"):
             getattr(self.out, name)[here] = getattr(other.out, name)[there]
-        for name in ("texts", "parts", "reward"):
+        for name in ("texts", "parts", "reward", *(["conversations"] if self.conversations else [])):
             getattr(self, name)[here] = getattr(other, name)[there]
         for name in self.extra.keys() | other.extra.keys():
             column = self.extra.setdefault(name, [None] * len(self.texts))

@@ -48,7 +48,7 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
     completion, and whether it is right. converse, max_context: where an environment answers, (rows,
     group_size) -> turns.Turns, and the most tokens of a row.
     """
-    lengths, stopped, texts, parts = [], [], [], []
+    lengths, stopped, texts, parts, said = [], [], [], [], []
     twin = rewarding.LENIENT.get(functions[0][0])  # without one lenient is strict: nobody runs programs twice
     graded = [*functions, ("lenient", twin, 0.0)] if twin else functions
     for start in range(0, len(rows), AT_ONCE):
@@ -70,11 +70,14 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
             heard=turns and turns.heard(range(len(out.ids))),
         )  # fmt: skip
         lengths += map(len, out.logprobs)
+        said += [len(talk.said) for talk in turns.talks] if turns else []
         stopped += out.stopped
         texts += some_texts
         parts.append(some_parts)
     parts = np.concatenate(parts)  # (N * samples, R)
     metrics = summarise(lengths, stopped, parts, functions, samples, has_twin=twin is not None)
+    if said:
+        metrics["eval/turns"] = sum(said) / len(said)
     first = texts[::samples]
     if on_answers is not None:
         on_answers(rows, first, (parts[::samples, 0] >= 1.0).tolist())
@@ -127,6 +130,7 @@ def summary(metrics: dict) -> str:
         f"{m['clipped_ratio']:.1%} cut",
         f"{m['problems']:.0f} problems",
     ]
+    words += [f"{m['turns']:.2f} turns"] if "turns" in m else []
     return ", ".join(words)
 
 

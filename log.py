@@ -148,7 +148,9 @@ def write_rollouts(run, step, batch):
 
     Of each token its id, its text, the sampler's log-probability, the trainer's entropy, and by how much the
     trainer's log-probability differs from the sampler's, in nats; the last two are null for a row that the
-    update did not need. `group` is the prompt's number in the step.
+    update did not need. `group` is the prompt's number in the step. Of a conversation also its `turns`,
+    messages, what its environment says that it is worth and what failed, and `given`, [first, tokens] of each
+    reply; these tokens have no numbers.
     """
     if rank() != 0:
         return
@@ -166,6 +168,14 @@ def rollout_rows(run, step, batch):
         difference = None  # of a row that was not computed: it had no advantage
         if logp is not None:
             difference = [round(x - y, 6) + 0.0 for x, y in zip(logp.tolist(), drawn)]
+        numbers = dict(
+            logprobs=[round(logp, 5) for logp in drawn],
+            entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
+            difference=difference,
+        )
+        if batch.conversations:
+            numbers = {name: beside_ids(values, batch.out.drawn[n]) for name, values in numbers.items()}
+            numbers |= batch.conversations[n] | dict(given=given_spans(batch.out.drawn[n]))
         yield dict(
             step=step.number,
             group=step.numbers[n // G],
@@ -178,10 +188,27 @@ def rollout_rows(run, step, batch):
             advantage=float(batch.adv[n]),
             **logged_columns(batch, n),
             finish_reason="stop" if batch.out.stopped[n] else "length",
-            logprobs=[round(logp, 5) for logp in drawn],
-            entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
-            difference=difference,
+            **numbers,
         )
+
+
+def beside_ids(values: list | None, drawn: list[bool]) -> list | None:
+    """Values of drawn ids, one beside each id: null for the others."""
+    if values is None:
+        return None
+    left = iter(values)
+    return [next(left) if is_drawn else None for is_drawn in drawn]
+
+
+def given_spans(drawn: list[bool]) -> list[list[int]]:
+    """[first, number] of each run of ids that were given."""
+    spans = []
+    for i, is_drawn in enumerate(drawn):
+        if not is_drawn and i and not drawn[i - 1]:
+            spans[-1][1] += 1
+        elif not is_drawn:
+            spans.append([i, 1])
+    return spans
 
 
 def token_texts(tokenizer, ids) -> dict:

@@ -67,6 +67,7 @@ PANELS = [
         "Groups that teach nothing, answers cut", "%",
         {"frac_reward_zero_std": "all rewards equal", "completions/clipped_ratio": "cut"}, scale=100,
     ),
+    Panel("Turns of the model", "a row", {"turns/mean": "mean", "turns/max": "most"}),
     Panel("Entropy and KL", "nats", {"entropy": "entropy", "kl": "KL to the reference"}),
     Panel(
         "Trainer against sampler", "|difference|, nats",

@@ -185,6 +185,8 @@ def row_for_page(row: dict, prefill) -> dict:
     shown["start"] = start
     shown["widths"] = token_widths(text, tokens, start, stopped=not shown["cut"])
     shown["stop"] = "" if shown["cut"] else tokens[-1]
+    if isinstance(row.get("given"), list):
+        shown["given"] = [span for span in row["given"] if isinstance(span, list) and len(span) == 2]
     for name, unit in (("logprobs", 1e3), ("entropy", 1e3), ("difference", 1e6)):
         values = row.get(name)
         if isinstance(values, list) and len(values) == len(tokens):

@@ -70,6 +70,8 @@ def as_trained(flags: dict) -> dict:
     about = json.loads(path.read_text()) if path.is_file() else {}
     if "run" not in about:
         return flags
+    if about["config"].get("env"):
+        print("the environment that it was trained with is not asked here: in a chat you answer in its place")
     keys = dict(system="system_prompt", prefill="prefill", base="base")
     return flags | {flag: flags[flag] or about["config"].get(key, "") for flag, key in keys.items()}
 

@@ -44,6 +44,8 @@ def header(run):
     say(what_is_trained(run))
     if cfg.reference:
         say(what_teaches(run))
+    if cfg.env:
+        say(what_answers(cfg))
     say("differs from the defaults:")
     width = columns_of_screen() or 110
     for key, value in configs.differences(cfg).items():
@@ -101,6 +103,15 @@ def what_teaches(run) -> str:
     return sentence
 
 
+def what_answers(cfg) -> str:
+    """environment: guess, replies as they are, at most 20 turns and 90 tokens a row with its prompt"""
+    how = f"replies in the role {cfg.env_role!r}" if cfg.env_role else "replies as they are"
+    tokens = f"{cfg.max_context} tokens a row with its prompt" if cfg.max_context else ""
+    tokens = tokens or f"{memory.own_tokens(cfg)} tokens a row behind its prompt"
+    name = cfg.env if isinstance(cfg.env, str) else cfg.env.__name__
+    return f"environment: {name}, {how}, at most {cfg.max_turns} turns and {tokens}"
+
+
 def what_is_isolated(mode: str) -> str:
     from tasks import sandbox
 
@@ -155,6 +166,7 @@ COLUMNS = [
     ("kl", "kl", "8.4f", 2),
     ("entropy", "entropy", "7.3f", 5),
     ("length", "completions/mean_length", "7.1f", 1),
+    ("turns", "turns/mean", "7.2f", 6),
     ("cut%", "completions/clipped_ratio", "6.1%", 1),
     ("same%", "frac_reward_zero_std", "6.0%", 2),
     ("none", "reward_failures", "4.0f", 6),
@@ -188,7 +200,7 @@ def shown_columns(run) -> list:
     for heading, metric, spec, goes in [COLUMNS[0], *parts, *COLUMNS[1:]]:
         if heading == "kl" and not run.cfg.beta:
             continue
-        if metric in OF_REWARD and not rewarded:
+        if metric in OF_REWARD and not rewarded or (metric == "turns/mean" and not run.cfg.env):
             continue
         width = max(int(spec.split(",")[0].split(".")[0]), len(heading))
         columns.append((heading, metric, spec, width, goes))

@@ -233,8 +233,8 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
     texts, parts, reward, logged = zip(*scored)
     texts = [text for some in texts for text in some]
     step.logged += logged
-    extra = rewarding.joined_columns(logged)
-    return Batch(rows, prompts, out, texts, np.concatenate(parts), np.concatenate(reward), extra=extra)
+    more = dict(extra=rewarding.joined_columns(logged), conversations=turns and turns.for_people())
+    return Batch(rows, prompts, out, texts, np.concatenate(parts), np.concatenate(reward), **more)
 
 
 def score_rows(run, step, rows, ids, turns=None, first=0):

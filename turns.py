@@ -219,6 +219,15 @@ class Turns:
             env_reward=[talk.reward for talk in talks],
         )
 
+    def for_people(self) -> list[dict]:
+        """What rollouts/ show of each row."""
+        shown = []
+        for talk in self.talks:
+            columns = dict(turns=talk.messages)
+            columns |= dict(env_reward=talk.reward) if self.of.has_reward else {}
+            shown.append(columns | (dict(env_failure=talk.failed) if talk.failed else {}))
+        return shown
+
     def failures(self) -> list[str]:
         return [talk.failed for talk in self.talks if talk.failed]
 
