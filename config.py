@@ -196,14 +196,15 @@ def load(argv: list[str]) -> Config:
     words, given = split(argv)
     if len(words) > 1:
         raise ValueError(f"{words[1]} is one config file too many: flags are written --key=value")
-    values = {}
+    values, functions = {}, {}
     if words:
         path = find_config(words[0])
-        values = read(str(path))
+        values, functions = read(str(path))
         values.setdefault("out_dir", os.path.join("out", path.stem))
     else:
         values["out_dir"] = os.path.join("out", "run")
-    flags = read_flags(given, values.get("objective"))
+    objective = dict(given).get("objective")
+    flags = read_flags(given, functions.get(objective, values.get("objective")), functions)
     if "model" in flags:  # a checkpoint named by hand is the one meant, also over a start from nothing
         values["scratch"] = None
     # From the weakest: the file's preset, the file's keys, the command line's preset, its keys.
@@ -242,8 +243,11 @@ def split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return words, flags
 
 
-def read(path: str) -> dict:
-    """The keys a config file sets. ValueError where it is no config, or has an error, with its line."""
+def read(path: str) -> tuple[dict, dict]:
+    """The keys a config file sets, and the functions and classes that it defines, by name.
+
+    ValueError where it is no config, or has an error, with its line.
+    """
     if not path.endswith(".py"):
         raise ValueError(f"{path} is no config: that is a Python file that sets keys, such as lr = 1e-5")
     try:
@@ -252,7 +256,7 @@ def read(path: str) -> dict:
         raise ValueError(f"{place_of(error, path)}: {type(error).__name__}: {error}") from error
     except SystemExit as error:
         raise ValueError(f"{path} ends Python by itself: a config only sets keys") from error
-    values = {}
+    values, functions = {}, {name: value for name, value in found.items() if callable(value)}
     for key, value in found.items():
         helper = callable(value) or isinstance(value, types.ModuleType)
         if key.startswith("_") or (helper and key not in FIELDS):
@@ -261,7 +265,7 @@ def read(path: str) -> dict:
         values[key] = value
     if not values:
         raise ValueError(f"{path} sets no key, so it is no config: it needs one at least, such as lr = 1e-5")
-    return values
+    return values, functions
 
 
 def place_of(error: Exception, path: str) -> str:
@@ -273,12 +277,15 @@ def place_of(error: Exception, path: str) -> str:
     return f"{path}, line {line}" if line else path
 
 
-def read_flags(given: list[tuple[str, str]], objective) -> dict:
-    """The keys that flags set. objective: the config file's, whose options are keys too."""
+def read_flags(given: list[tuple[str, str]], objective, functions: dict) -> dict:
+    """The keys that flags set. objective: the one that is meant, whose options are keys too. functions: of
+    the config file, which a flag may name where its key takes a function, such as --objective=sapo.
+    """
     flags = {}
     for key, text in given:
         check_known(key, "flag", objective)
-        flags[key] = parse(key, text)
+        named = text in functions and accepted(key) & {FunctionType, type}
+        flags[key] = functions[text] if named else parse(key, text)
     return flags
 
 

@@ -23,6 +23,7 @@ Tests: python -m pytest tests/test_loss.py
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 from dataclasses import dataclass
@@ -272,7 +273,8 @@ def gspo(logp, ratio, adv, *, clip_low=0.2, clip_high=0.2, dual_clip=None):
 
 
 # An objective with this attribute gets the sequence's ratio at each token, and is called on whole rows
-# only. The others are elementwise and may be called on any run of tokens, which is cheaper (head.py).
+# only. So is one with `takes_row_mean`: after `adv` it gets a function, x (T,) -> the mean over each token's
+# row (T,). The others are elementwise and may be called on any run of tokens, which is cheaper (head.py).
 gspo.sequence_ratio = True
 
 OBJECTIVES = {"reinforce": reinforce, "clip": clip, "cispo": cispo, "gspo": gspo}
@@ -284,7 +286,8 @@ def objective_function(objective):
 
 
 def takes_whole_rows(objective) -> bool:
-    return getattr(objective_function(objective), "sequence_ratio", False)
+    function = objective_function(objective)
+    return getattr(function, "sequence_ratio", False) or getattr(function, "takes_row_mean", False)
 
 
 def options_of(objective) -> dict:
@@ -465,7 +468,10 @@ def policy_loss(logp, old_logp, adv, rows, *, ref_logp=None, entropy=None, objec
     if mismatch_clip:
         weight = mismatch_weight(old, sampler, mismatch_clip) * (1.0 if weight is None else weight)
     live_logp, ratio, A = ratios(logp, old, A, rows, lengths, weight, objective)
-    term, low, high = with_bounds(objective_function(objective)(live_logp, ratio, A, **options))
+    given, function = [live_logp, ratio, A], objective_function(objective)
+    if getattr(function, "takes_row_mean", False):
+        given.append(functools.partial(row_mean, rows=rows, lengths=lengths))
+    term, low, high = with_bounds(function(*given, **options))
 
     # What one token weighs. It knows the step (norm) and its row (1 / C_i) but not who else is in this call:
     # that is why any split into micro-batches gives the same gradient. A step without tokens has norm 0.
@@ -495,7 +501,7 @@ def ratios(logp, old, A, rows, lengths, weight, objective):
     live = A != 0
     logp = torch.where(live, logp, 0.0)
     log_ratio = logp - torch.where(live, old, 0.0)
-    if takes_whole_rows(objective):
+    if getattr(objective_function(objective), "sequence_ratio", False):
         # The mean of the log-ratios: their sum leaves any clip range on a long answer.
         log_ratio = row_mean(log_ratio, rows, lengths)
     if weight is not None:
@@ -567,8 +573,7 @@ def check_terms(T, objective, lengths, norm, beta, reference, entropy_coef, entr
         )
     if takes_whole_rows(objective) and lengths is not None:
         raise ValueError(
-            f"{objective} has one ratio for a whole row, "
-            "so rows cannot be cut into chunks: leave out lengths="
+            f"{objective} looks at whole rows, so rows cannot be cut into chunks: leave out lengths="
         )
     if T and norm <= 0:
         raise ValueError(f"norm={norm} for {T} tokens: it is the divisor of the whole step, see normaliser()")

@@ -811,7 +811,7 @@ def test_the_file_can_be_copied_out_alone():
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module)
-    assert modules == {"dataclasses", "difflib", "inspect", "math", "torch"}
+    assert modules == {"dataclasses", "difflib", "functools", "inspect", "math", "torch"}
     definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr)
     assert all(isinstance(node, definitions) for node in tree.body)
 
