@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,12 +161,8 @@ def test_maxrl_divides_by_the_mean():
 
 def test_sapo_and_gmpo_are_trls():
     """The expressions of TRL 1.16's own trainers, on the same padded tensors."""
-    pytest.importorskip("trl")
-    from types import SimpleNamespace
-
-    from trl.experimental.gmpo.gmpo_trainer import GMPOTrainer
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
+    GMPOTrainer = pytest.importorskip("trl.experimental.gmpo").GMPOTrainer  # newer than the rest of TRL
+    GRPOTrainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
     logp, old, adv = rows_of(7)
     width, B = max(map(len, logp)), len(logp)
 
@@ -187,11 +184,13 @@ def test_sapo_and_gmpo_are_trls():
             top_entropy_quantile=1.0, beta=0.0, off_policy_mask_threshold=None, use_vllm=False, args=args,
             importance_sampling_level="token", current_gradient_accumulation_steps=1, model=one,
             accelerator=alone, _metrics=dict(train=Recorded()), vllm_importance_sampling_correction=False,
-            _get_per_token_logps_and_entropies=lambda *_, **__: (pad(logp), pad(old) * 0, None), **fields,
+            _get_per_token_logps_and_entropies=lambda *_, **__: (pad(logp), pad(old) * 0, None),
+            aux_loss_enabled=False, _entropy_bonus_enabled=False, **fields,
         )  # fmt: skip
         inputs = dict(
             prompt_ids=torch.zeros(B, 1), prompt_mask=torch.ones(B, 1), completion_ids=torch.zeros(B, width),
-            completion_mask=mask, advantages=torch.tensor(adv, dtype=torch.float64), old_per_token_logps=pad(old),
+            completion_mask=mask, advantages=torch.tensor(adv, dtype=torch.float64),
+            old_per_token_logps=pad(old),
         )  # fmt: skip
         return trainer_class._compute_loss(me, one, inputs)
 
