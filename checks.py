@@ -43,7 +43,7 @@ def config_of(script: str, argv: list[str]) -> configs.Config:
     cfg = configs.load(argv)
     for check in (packages, hub, device, out_dir, schedules, model, room):
         check(cfg)
-    rewarding.check_sandbox(rewarding.resolve(cfg.rewards), cfg.sandbox)
+    rewarding.check_sandbox(rewarding.resolve(cfg.rewards), cfg.sandbox, turns.resolve(cfg.env))
     if isinstance(cfg.task, str):
         data.task_function(cfg.task)  # there is one of this name
     return cfg

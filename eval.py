@@ -60,7 +60,7 @@ def main(cfg):
     functions = rewarding.resolve(cfg.rewards)
     if not functions:
         raise ValueError("rewards = [] has nothing to grade answers with: give --rewards=gsm8k, for example")
-    rewarding.check_sandbox(functions, cfg.sandbox)
+    rewarding.check_sandbox(functions, cfg.sandbox, resolve(cfg.env))
     task = data.load_task(cfg.task, **configs.task_options(cfg))
     checks.columns(cfg, functions, task)
     with progress.doing(f"loading the model {configs.model_name(cfg)}"):

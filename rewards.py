@@ -405,17 +405,19 @@ def distinct(name: str, taken: list[str]) -> str:
     return label
 
 
-def runs_code(functions) -> bool:
-    """Whether one of resolve's functions runs what the model wrote."""
-    return any(name_of(function) == "code" for _, function, _ in functions)
+def runs_code(functions, env=None) -> bool:
+    """Whether one of resolve's functions, or the environment, runs what the model wrote."""
+    return getattr(env, "runs_code", False) or any(
+        name_of(function) == "code" for _, function, _ in functions
+    )
 
 
-def check_sandbox(functions, mode: str):
+def check_sandbox(functions, mode: str, env=None):
     """SandboxError where a run would run code on a machine that isolates it less than the run wants.
 
     functions: resolve's list; mode: the config's sandbox, "strict", "auto" or "trust".
     """
-    if runs_code(functions):
+    if runs_code(functions, env):
         from tasks import sandbox
 
         sandbox.demand(mode)

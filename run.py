@@ -53,8 +53,8 @@ class Run:
         self.before = 0 if self.device.startswith("cuda") else held_by_python()
         refuse_uneven_ranks(cfg)
         self.rewards = rewarding.resolve(cfg.rewards)
-        rewarding.check_sandbox(self.rewards, cfg.sandbox)
         env = turns.resolve(cfg.env)  # before minutes of loading
+        rewarding.check_sandbox(self.rewards, cfg.sandbox, env)
         with progress.doing(f"reading the task {configs.task_name(cfg)}"):
             self.task = data.load_task(cfg.task, **configs.task_options(cfg))
         checks.columns(cfg, self.rewards, self.task)

@@ -51,7 +51,7 @@ def header(run):
     for key, value in configs.differences(cfg).items():
         say(paint(cut(f"  {key} = {configs.shown(value)}", width), "dim"))
     say(run.kernels)
-    if rewarding.runs_code(run.rewards):
+    if rewarding.runs_code(run.rewards, run.conversations and run.conversations.env):
         say(what_is_isolated(cfg.sandbox))
     row = run.task.batch(0, 1, cfg.seed)[0]
     ids = data.prompt_ids(run.tokenizer, row["prompt"], system=cfg.system_prompt, prefill=cfg.prefill)

@@ -31,7 +31,7 @@ from data import short
 from rewards import is_async, outcome, place
 
 # Names for the key `env` -> the module that holds the environment, as `env`.
-ENVS = {"guess": "tasks.guess", "calculator": "tasks.calculator"}
+ENVS = {"guess": "tasks.guess", "calculator": "tasks.calculator", "python_tool": "tasks.python_tool"}
 
 # Calls of environments that run at once; an async environment's calls all do.
 THREADS = 32

@@ -2,6 +2,7 @@
 
     check(source, ["assert add(1, 2) == 3", {"input": "1 2\\n", "output": "3\\n"}])   -> ["passed", "passed"]
     check_all([(source, tests), ..])                        the same for many, several at once
+    run("print(6 * 7)")                                     -> ("42\\n", "")
     isolation()                                             what holds on this machine, found out by trying
 
 A naive harness runs program and tests in one interpreter, where the program can print the success mark,
@@ -71,7 +72,7 @@ from tasks.isolation import (
 ALIASES = dict(np="numpy", pd="pandas", plt="matplotlib", nx="networkx", sp="scipy", tf="tensorflow")
 ALIASES |= {name: name for name in "numpy pandas scipy sympy torch pytest networkx sklearn".split()}
 
-__all__ = ["FULL", "SandboxError", "check", "check_all", "demand", "isolation", "way"]
+__all__ = ["FULL", "SandboxError", "check", "check_all", "demand", "isolation", "run", "way"]
 
 
 # ----------------------------------------------------------------------------------------- the verdicts
@@ -109,6 +110,18 @@ def check_statements(source, tests, seconds, memory_mb, names) -> list[str]:
 
 
 def check_script(source, stdin, output, seconds, memory_mb) -> str:
+    said, why = run(source, stdin, seconds=seconds, memory_mb=memory_mb)
+    if why:
+        return why
+    same = lines_of(said) == lines_of(output)  # the whole of it: a prefix is not enough
+    return "passed" if same else "wrong output"
+
+
+def run(source: str, stdin: str = "", *, seconds: float = 4.0, memory_mb: int = 512) -> tuple[str, str]:
+    """What a program writes to stdout, and why it did not end well: "too slow" and the like, or "".
+
+    Raises SandboxError where the sandbox fails.
+    """
     deadline = time.monotonic() + PATIENCE * seconds
     job = dict(role="script", source=source)
     limits = dict(seconds=seconds, memory_mb=memory_mb)
@@ -118,16 +131,11 @@ def check_script(source, stdin, output, seconds, memory_mb) -> str:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.01, deadline - time.monotonic()))
         status = process.poll()
-    if why:
-        return why
-    if status is None:
-        return "too slow"
-    if status != 0:
-        return f"ended with status {status}"
-    same = lines_of(said.decode(errors="replace")) == lines_of(
-        output
-    )  # the whole of it: a prefix is not enough
-    return "passed" if same else "wrong output"
+    if not why and status is None:
+        why = "too slow"
+    if not why and status != 0:
+        why = f"ended with status {status}"
+    return said.decode(errors="replace"), why
 
 
 def lines_of(text: str) -> list[str]:
