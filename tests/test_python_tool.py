@@ -1,4 +1,4 @@
-"""tasks/python_tool.py: a message's program is run in the sandbox, and a short text comes back in any case."""
+"""tasks/python_tool.py: a message's program is run in the sandbox, and a short text comes back always."""
 
 import time
 
