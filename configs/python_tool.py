@@ -11,7 +11,7 @@ task = "gsm8k"
 env, env_role, sandbox = "python_tool", "user", "strict"
 system_prompt = (
     "You can run Python: write one block between ```python and ``` that prints what you want to know, and "
-    "end your message. You are then shown what it prints. When you know the answer, reply without any program "
+    "end your message. You are then shown what it prints. When you know the answer, reply without a program "
     "and put the final number within \\boxed{}."
 )
 rewards = [("gsm8k_lenient", 1.0), ("gsm8k", 0.0)]
