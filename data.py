@@ -231,29 +231,30 @@ GSM8K_ROWS = {"train.jsonl": 7473, "test.jsonl": 1319}
 SOLUTION = re.compile(r"(.*)#### (-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*", re.DOTALL)  # the steps, then the answer
 
 
-def gsm8k(*, data_dir, eval_problems):
+def gsm8k(*, data_dir, eval_problems, calculator=False):
     """Grade-school word problems (arXiv:2110.14168) from data_dir or data_dir/gsm8k.
 
-    Where they are not, they are downloaded once, to the latter.
+    Where they are not, they are downloaded once, to the latter. calculator: the solutions, for a warm-up, are
+    conversations with tasks/calculator.py, made of the data's own notes.
     """
-    train = gsm8k_file(data_dir, "train.jsonl")
-    test = gsm8k_file(data_dir, "test.jsonl")
+    train = gsm8k_file(data_dir, "train.jsonl", calculator)
+    test = gsm8k_file(data_dir, "test.jsonl", calculator)
     return train, test[:eval_problems]
 
 
-def gsm8k_file(data_dir: str, name: str) -> list[dict]:
+def gsm8k_file(data_dir: str, name: str, calculator=False) -> list[dict]:
     """Rows of GSM8K's file `name`, from where it is or from the web."""
     path = Path(data_dir, "gsm8k", name)
     for there in (path, Path(data_dir, name)):
         if there.exists():
             remedy = "move it away to have GSM8K downloaded, or put the whole file there"
-            return gsm8k_rows(there.read_bytes(), there, remedy)
+            return gsm8k_rows(there.read_bytes(), there, remedy, calculator)
     url = f"{GSM8K_URL}/{name}"
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()  # raises where fewer bytes come than were announced
-        rows = gsm8k_rows(content, path, f"{url} did not send the whole file, try again")
+        rows = gsm8k_rows(content, path, f"{url} did not send the whole file, try again", calculator)
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         part.replace(path)  # only a whole file ever has the final name, also when several processes download
@@ -265,13 +266,13 @@ def gsm8k_file(data_dir: str, name: str) -> list[dict]:
     return rows
 
 
-def gsm8k_rows(content: bytes, path: Path, remedy: str) -> list[dict]:
+def gsm8k_rows(content: bytes, path: Path, remedy: str, calculator=False) -> list[dict]:
     """Rows of a GSM8K file. Part of a file is refused: training on it would go unnoticed."""
     wanted = GSM8K_ROWS[path.name]
     rows = []
     try:
         for line in content.splitlines():  # bytes are split at line ends only, text at U+2028 too
-            rows.append(gsm8k_row(json.loads(line)))
+            rows.append(gsm8k_row(json.loads(line), calculator))
     except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, no such column, no such text
         raise ValueError(f"{path} is broken in row {len(rows) + 1} of {wanted}: {remedy}") from None
     if len(rows) != wanted:
@@ -279,12 +280,17 @@ def gsm8k_rows(content: bytes, path: Path, remedy: str) -> list[dict]:
     return rows
 
 
-def gsm8k_row(row: dict) -> dict:
+def gsm8k_row(row: dict, calculator=False) -> dict:
     question = row["question"]
     text = re.sub(r"<<.*?>>", "", row["answer"])  # notes to a calculator that no reader sees
     steps, number = SOLUTION.fullmatch(text).groups()
     answer = number.replace(",", "")
-    return dict(prompt=question, answer=answer, solution=f"{steps}#### {answer}", question=question)
+    solution = f"{steps}#### {answer}"
+    if calculator:
+        from tasks.calculator import conversation  # which imports this file
+
+        solution = conversation(row["answer"])
+    return dict(prompt=question, answer=answer, solution=solution, question=question)
 
 
 # ---------------------------------------------------------------------------------------- files of rows

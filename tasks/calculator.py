@@ -16,6 +16,7 @@ from fractions import Fraction
 from tasks.countdown import OPERATORS
 
 OPEN, CLOSE = "<calc>", "</calc>"
+NOTE = re.compile(r"<<([^<>=]{1,100})=[^<>]{0,100}>>")  # of GSM8K's solutions
 LONGEST = 100  # characters of an expression, so that no number is long to reckon with
 WRITTEN = re.compile(r"[0-9+\-*/(). ]+")
 # What people write: thousands, currency, percent, and other signs for the operators.
@@ -29,6 +30,24 @@ def env(row: dict, said: str) -> str | None:
     if not closed or OPEN not in text:
         return None
     return answer(text.rpartition(OPEN)[2])
+
+
+def conversation(annotated: str) -> list[str]:
+    """A solution of GSM8K as texts of the model and the calculator in turn.
+
+    Its notes "48/2 = <<48/2=24>>24 clips" become "48/2 = <calc>48/2</calc>", "24" and " clips", where the
+    calculator gives what the text goes on with; other notes are left out.
+    """
+    texts, at = [""], 0
+    for note in NOTE.finditer(annotated):
+        texts[-1] += annotated[at : note.start()]
+        at, value = note.end(), answer(note[1])
+        if annotated.startswith(value, at):
+            texts[-1] += OPEN + note[1] + CLOSE
+            texts += [value, ""]
+            at += len(value)
+    texts[-1] += annotated[at:]
+    return texts
 
 
 def answer(expression: str) -> str:

@@ -1,11 +1,17 @@
 """tasks/calculator.py: exact, bounded, and text back in any case."""
 
+import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 
 import turns
-from tasks.calculator import answer, env
+from conftest import ROOT
+from tasks.calculator import answer, conversation, env
+
+TRAIN = Path(os.environ.get("NANOGRPO_GSM8K", ROOT / "data/gsm8k")) / "train.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -47,3 +53,27 @@ def test_the_environment_has_a_name():
     assert turns.resolve("calculator") is env
     with pytest.raises(ValueError, match="unknown environment 'calculater', did you mean 'calculator'"):
         turns.resolve("calculater")
+
+
+def test_a_solutions_notes_are_what_the_calculator_would_have_said():
+    text = "She sold 48/2 = <<48/2=24>>24 clips.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
+    texts = conversation(text)
+    first, second = "She sold 48/2 = <calc>48/2</calc>", " clips.\nShe sold 48+24 = <calc>48+24</calc>"
+    assert texts == [first, "24", second, "72", " clips.\n#### 72"]
+    for said, reply in zip(texts[::2], [*texts[1::2], None]):
+        assert env({}, said) == reply
+    assert conversation("about <<x/2=3>>3 of <<7*1=7>>8") == ["about 3 of 8"]
+
+
+@pytest.mark.slow
+def test_most_of_gsm8ks_notes_are_taken():
+    """Of all solutions, where the data is at hand."""
+    if not TRAIN.is_file():
+        pytest.skip("needs GSM8K's train.jsonl")
+    rows = [json.loads(line)["answer"] for line in TRAIN.read_text().splitlines()]
+    notes, taken = sum(text.count("<<") for text in rows), 0
+    for text in rows:
+        texts = conversation(text)
+        taken += len(texts) // 2
+        assert all(env({}, said) == reply for said, reply in zip(texts[::2], [*texts[1::2], None]))
+    assert taken > 0.9 * notes
