@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here: a bad tile is seen without a GPU.
 
     python bench/compile_check.py [--arch=90,80] [--only=attention]
-    python bench/compile_check.py --arch=75 --dtype=float16       # a GPU without bf16
+    python bench/compile_check.py --arch=70,75 --dtype=float16    # GPUs without bf16
 
 The wrappers of kernels/ are called as the model calls them, at the shapes of real models, on tensors
 without memory (device "meta"). Each launch is caught, and its kernel is compiled for the tile sizes, types
@@ -36,7 +36,7 @@ from kernels import linear_logprob, logprob, lora_linear, nf4, rms_norm, rope, s
 
 KB = 1024
 # Bytes of shared memory that a program may have.
-SHARED = {75: 64 * KB, 80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB}
+SHARED = {70: 96 * KB, 75: 64 * KB, 80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB}
 PTXAS = sorted(map(str, (Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")))
 FP32, LONG = torch.float32, torch.long
 # What the model computes in: a GPU before sm_80 has no bf16.
