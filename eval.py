@@ -55,7 +55,7 @@ def show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids, convers
         texts = [data.transcript(talk.messages) for talk in turns.talks]
     return first_batch(
         reward, out.stopped, texts, rows, lengths, answers, finds, temperature=sampling["temperature"],
-        max_new_tokens=cfg.max_new_tokens,
+        max_new_tokens=cfg.max_new_tokens, has_turns=bool(turns),
     )  # fmt: skip
 
 

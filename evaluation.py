@@ -136,7 +136,8 @@ def summary(metrics: dict) -> str:
     return ", ".join(words)
 
 
-def first_batch(reward, stopped, texts, rows, lengths, answers, finds, *, temperature, max_new_tokens) -> str:
+def first_batch(reward, stopped, texts, rows, lengths, answers, finds, *, temperature, max_new_tokens,
+                has_turns=False) -> str:  # fmt: skip
     """What training would meet in its first batch, for a person: spread, groups with signal, truncation,
     samples.
 
@@ -144,13 +145,14 @@ def first_batch(reward, stopped, texts, rows, lengths, answers, finds, *, temper
     or the last turns of conversations): B * G; rows: B; finds: a function text -> answer or None.
     """
     (B, G), flat = reward.shape, reward.reshape(-1)
+    other_limits = ", or by max_turns or max_context" if has_turns else ""
     spread = [float(row[~row.isnan()].std(correction=0)) if (~row.isnan()).any() else 0.0 for row in reward]
     words = [
         f"a first training batch, {B} prompts x {G} at temperature {temperature:g}: "
         f"mean reward {reward.nanmean():.3f}",
         f"spread within groups {sum(spread) / B:.3f}",
         f"{1 - len(flat_groups(reward)) / B:.0%} of the groups with any signal",
-        f"{1 - sum(stopped) / (B * G):.0%} cut at {max_new_tokens} tokens",
+        f"{1 - sum(stopped) / (B * G):.0%} cut at {max_new_tokens} tokens{other_limits}",
     ]
     if finds:
         lost = sum(finds(text) in (None, "") for text in answers)
@@ -165,7 +167,7 @@ def first_batch(reward, stopped, texts, rows, lengths, answers, finds, *, temper
             f"--- {rows[n // G]['prompt']}\n{texts[n]}\n(reward {flat[n]:g}, {lengths[n]} tokens{cut})"
         )
     try:
-        refuse_hopeless(reward, stopped, max_new_tokens)
+        refuse_hopeless(reward, stopped, max_new_tokens, has_turns=has_turns)
     except ValueError as e:
         lines.append(f"train.py would not start: {e}")
     return "\n".join(lines)
@@ -197,9 +199,8 @@ def missing_form(functions, texts) -> tuple[str, int] | None:
     return worst
 
 
-def refuse_hopeless(
-    reward, stopped, max_new_tokens: int, within_groups=True, missing=None, has_turns=False
-):  # fmt: skip
+def refuse_hopeless(reward, stopped, max_new_tokens: int, within_groups=True, missing=None,
+                    has_turns=False):  # fmt: skip
     """ValueError, with the knob to turn, where nothing can be learnt from a batch.
 
     reward (B, G), NaN for None; stopped: B * G bools. within_groups: completions are compared within their
