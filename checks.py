@@ -147,7 +147,8 @@ def environment(cfg):
         raise ValueError(f"the environment {name} is a class without step(said): add one (docs/turns.md)")
     if inspect.isclass(env):
         takes(f"the environment {name}", env, ["row"])
-        takes(f"step of the environment {name}", env.step, ["self", "said"])
+        bound = isinstance(inspect.getattr_static(env, "step"), (staticmethod, classmethod))
+        takes(f"step of the environment {name}", env.step, ["said"] if bound else ["self", "said"])
     else:
         takes(f"the environment {name}", env, ["row", "said"])
     if "env" in names and not (inspect.isclass(env) and callable(getattr(env, "reward", None))):

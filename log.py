@@ -109,7 +109,7 @@ def turn_metrics(of_ranks: list) -> dict:
         return {}
     failures = [sentence for counts in of_ranks for sentence in counts["failures"]]
     if failures:
-        say(f"{len(failures)} of {rows} rows lost their environment; {failures[0]}")
+        say(f"{len(failures)} of {rows} rows lost their environment, the first of them: {failures[0]}")
     return {
         "turns/mean": sum(counts["turns"] for counts in of_ranks) / rows,
         "turns/max": max(counts["most"] for counts in of_ranks),

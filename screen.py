@@ -166,7 +166,7 @@ COLUMNS = [
     ("kl", "kl", "8.4f", 2),
     ("entropy", "entropy", "7.3f", 5),
     ("length", "completions/mean_length", "7.1f", 1),
-    ("turns", "turns/mean", "6.2f", 6),
+    ("turns", "turns/mean", "6.2f", 3),
     ("cut%", "completions/clipped_ratio", "6.1%", 1),
     ("same%", "frac_reward_zero_std", "6.0%", 2),
     ("none", "reward_failures", "4.0f", 6),
@@ -238,18 +238,21 @@ def evaluated(name: str, metrics: dict) -> str:
 MOST_MESSAGES = 8  # of a conversation on the screen
 
 
-def show_sample(row, text, reward, messages=None):
-    """A prompt and its completion. messages: of a conversation, which is shown turn by turn."""
+def show_sample(row, text, reward, conversation=None):
+    """A prompt and its completion; of a conversation (turns.Turns.for_people) each turn, and what cut it."""
     paid = "" if math.isnan(reward) else f"   reward {reward:.2f}"
-    if messages is None:
+    if conversation is None:
         return say(f"      | {shorten(last_words(row['prompt']))} -> {shorten(text)}{paid}")
-    say(f"      | {shorten(last_words(row['prompt']))}{paid}")
-    lines = [data.transcript([dict(message, content=shorten(message["content"]))]) for message in messages]
-    half = MOST_MESSAGES // 2
+    reason, lines = conversation["finish_reason"], []
+    cut = "" if reason == "stop" else f"   cut: {reason}"
+    say(f"      | {shorten(last_words(row['prompt']))}{paid}{cut}")
+    for message in conversation["turns"]:
+        lines.append(data.transcript([message | dict(content=shorten(message["content"]))]))
     if len(lines) > MOST_MESSAGES:
+        half = MOST_MESSAGES // 2
         lines[half:-half] = [f".. {len(lines) - 2 * half} messages more .."]
-    for text in lines:
-        say(f"      |   {text}")
+    for line_of_talk in lines:
+        say(f"      |   {line_of_talk}".rstrip())
 
 
 def last_words(prompt) -> str:

@@ -160,8 +160,8 @@ def train_step(run, number: int) -> dict:
     if cfg.rollouts_every and number % cfg.rollouts_every == 0:
         write_rollouts(run, step, batch)
     if cfg.show_every and number % cfg.show_every == 0:
-        messages = batch.conversations[0]["turns"] if batch.conversations else None
-        show_sample(batch.rows[0], batch.texts[0], batch.reward[0], messages)
+        conversation = batch.conversations[0] if batch.conversations else None
+        show_sample(batch.rows[0], batch.texts[0], batch.reward[0], conversation)
     return metrics
 
 

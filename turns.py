@@ -310,12 +310,12 @@ class Turns:
     def encoded(self, text: str, room: int, after_stop: bool) -> list[int]:
         """Ids of a reply. ValueError where it is more than `room`, or not encodable."""
         if len(text) > CHARACTERS_A_TOKEN * (room + 1):
-            raise ValueError(f"replied {len(text):,} characters where {room} tokens are left")
+            raise ValueError(f"replied {len(text):,} characters where {room} tokens are left (max_context)")
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"replied {short(text)}, with half a surrogate pair, which is no character")
         ids = self.of.wrapper.ids(text, after_stop=after_stop)
         if len(ids) > room:
-            raise ValueError(f"replied {len(ids)} tokens where {room} are left")
+            raise ValueError(f"replied {len(ids)} tokens where {room} are left (max_context)")
         return ids
 
     def fail(self, row: int, what: str) -> Reply:

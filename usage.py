@@ -73,6 +73,7 @@ ELSEWHERE = {
     "optim": "nothing: it is AdamW; optimizer_bits=8 is its 8-bit form, offload_optimizer its paged one",
     # environments and tools, as TRL, verl and verifiers spell them
     "tools": "env, a function (row, said) that reads the call and gives its result",
+    "environment": "env",
     "environment_factory": "env, a class with step(said) and perhaps reward()",
     "rollout_func": "env: the sampler stays, and between the turns the environment answers",
     "interaction_config_path": "env, a class in the config file itself",

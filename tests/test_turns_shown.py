@@ -1,6 +1,7 @@
 """What people see of conversations: rollouts/, page, screen, evaluations, and sentences before a run."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -156,13 +157,18 @@ def messages_of(turns: int) -> list[dict]:
 
 
 def test_a_sample_is_shown_turn_by_turn_and_a_long_one_from_both_ends(capsys):
-    screen.show_sample(dict(prompt="32:"), "", 0.5, messages_of(2))
+    screen.show_sample(dict(prompt="32:"), "", 0.5, dict(turns=messages_of(2), finish_reason="turns"))
     assert capsys.readouterr().out.splitlines() == [
-        "      | 32:   reward 0.50", "      |   0?", "      |   [tool] <", "      |   1?",
+        "      | 32:   reward 0.50   cut: turns", "      |   0?", "      |   [tool] <", "      |   1?",
     ]  # fmt: skip
-    screen.show_sample(dict(prompt="32:"), "", float("nan"), messages_of(20))
+    screen.show_sample(dict(prompt="32:"), "", math.nan, dict(turns=messages_of(20), finish_reason="stop"))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10 and lines[5] == "      |   .. 31 messages more .." and lines[-1].endswith("19?")
+    assert (
+        lines[0] == "      | 32:"
+        and len(lines) == 10
+        and lines[5] == "      |   .. 31 messages more .."
+        and lines[-1].endswith("19?")
+    )
 
 
 def test_the_plan_counts_what_an_environment_gives():
@@ -210,6 +216,12 @@ class Whole(NoReward):
         return 1.0
 
 
+class Static(Whole):
+    @staticmethod
+    def step(said):
+        return None
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [
@@ -234,5 +246,5 @@ def test_what_can_not_be_an_environment_is_one_sentence(keys, words):
 
 def test_whole_environments_pass():
     checks.environment(configs.Config(env=Whole, rewards=[("env", 1.0)], turn_ends=("</tool>",)))
-    for name in turns.ENVS:
-        checks.environment(configs.Config(env=name))
+    for env in (Static, *turns.ENVS):
+        checks.environment(configs.Config(env=env))
