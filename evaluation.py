@@ -9,6 +9,7 @@ Dims: B prompts of a batch, G completions a prompt; N problems, k samples of eac
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -137,22 +138,27 @@ def summary(metrics: dict) -> str:
 
 
 def first_batch(reward, stopped, texts, rows, lengths, answers, finds, *, temperature, max_new_tokens,
-                has_turns=False) -> str:  # fmt: skip
+                reasons=None) -> str:  # fmt: skip
     """What training would meet in its first batch, for a person: spread, groups with signal, truncation,
     samples.
 
     reward (B, G), NaN for None; stopped, texts, lengths (drawn tokens), answers (what was graded: the texts,
-    or the last turns of conversations): B * G; rows: B; finds: a function text -> answer or None.
+    or the last turns of conversations): B * G; rows: B; finds: a function text -> answer or None. reasons: of
+    conversations what ended each (turns.Turns.for_people).
     """
     (B, G), flat = reward.shape, reward.reshape(-1)
-    other_limits = ", or by max_turns or max_context" if has_turns else ""
+    limit = f"cut at {max_new_tokens} tokens"
+    if reasons is not None:
+        of_all = Counter(reason for reason in reasons if reason != "stop")
+        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(of_all.items()))
+        limit = f"cut ({counts or 'none'})"
     spread = [float(row[~row.isnan()].std(correction=0)) if (~row.isnan()).any() else 0.0 for row in reward]
     words = [
         f"a first training batch, {B} prompts x {G} at temperature {temperature:g}: "
         f"mean reward {reward.nanmean():.3f}",
         f"spread within groups {sum(spread) / B:.3f}",
         f"{1 - len(flat_groups(reward)) / B:.0%} of the groups with any signal",
-        f"{1 - sum(stopped) / (B * G):.0%} cut at {max_new_tokens} tokens{other_limits}",
+        f"{1 - sum(stopped) / (B * G):.0%} {limit}",
     ]
     if finds:
         lost = sum(finds(text) in (None, "") for text in answers)
@@ -163,11 +169,13 @@ def first_batch(reward, stopped, texts, rows, lengths, answers, finds, *, temper
     lines = [", ".join(words)]
     for n in dict.fromkeys((0, B * G // 2, B * G - 1)):
         cut = "" if stopped[n] else ", cut"
+        if cut and reasons is not None:
+            cut += f" ({reasons[n]})"
         lines.append(
             f"--- {rows[n // G]['prompt']}\n{texts[n]}\n(reward {flat[n]:g}, {lengths[n]} tokens{cut})"
         )
     try:
-        refuse_hopeless(reward, stopped, max_new_tokens, has_turns=has_turns)
+        refuse_hopeless(reward, stopped, max_new_tokens, has_turns=reasons is not None)
     except ValueError as e:
         lines.append(f"train.py would not start: {e}")
     return "\n".join(lines)

@@ -9,14 +9,18 @@ import torch
 import checks
 import config as configs
 import data
+import eval as eval_script
 import evaluation
 import plan
 import report
+import rewards
 import sample
 import screen
 import train
 import turns
-from conftest import rows, settings
+from conftest import WITH_TURNS, rows, settings
+from policy import load_policy
+from rollout import Sampler
 from test_report import metrics_row, no_browser, opened, rollout_row, tab, write_run  # noqa: F401
 from test_turns import conversations, run_of
 from test_turns import sample as converse
@@ -183,6 +187,22 @@ def test_sample_says_that_the_environment_is_not_asked(tmp_path, capsys):
         (tmp_path / "config.json").write_text(json.dumps(about))
         sample.as_trained(dict(model=str(tmp_path), system="", prefill="", base=""))
         assert words in capsys.readouterr().out
+
+
+def test_a_first_batch_is_shown_as_conversations_with_what_cut_each(tiny_policy):
+    model, tokenizer, stop_ids, cfg = tiny_policy
+    talks = turns.Conversations(goes_on, tokenizer, stop_ids=stop_ids, **configs.turn_options(cfg))
+    task = data.load_task(cfg.task, **configs.task_options(cfg))
+    functions = rewards.resolve(cfg.rewards)
+    told = eval_script.show_first_batch(Sampler(model), tokenizer, task, functions, cfg, stop_ids, talks)
+    assert "100% cut (length " in told and "\n[environment] 9\n" in told and "tokens, cut (" in told
+    assert "train.py would not start: every conversation of the first batch was cut" in told
+
+
+@pytest.fixture
+def tiny_policy(tmp_path):
+    cfg = settings(tmp_path, **WITH_TURNS | dict(env=goes_on, max_turns=6))
+    return *load_policy("", scratch=cfg.scratch, alphabet=cfg.alphabet, seed=0)[:3], cfg
 
 
 def test_a_first_batch_in_which_every_conversation_was_cut_names_all_limits():
