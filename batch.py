@@ -118,6 +118,13 @@ class Batch:
     def group_size(self) -> int:
         return len(self.out.ids) // len(self.prompts)
 
+    @property
+    def answers(self) -> list[str]:
+        """What the rewards graded: the texts, or of conversations what the model said last."""
+        if not self.conversations:
+            return self.texts
+        return [talk["turns"][-1]["content"] for talk in self.conversations]
+
     def replace_group(self, b: int, other: "Batch", i: int):
         """Group i of another batch takes the place of group b."""
         G = self.group_size

@@ -8,6 +8,7 @@ memory. Each check is a function of the config that raises ValueError, one sente
 """
 
 import importlib.util
+import inspect
 import json
 import netrc
 import os
@@ -41,7 +42,7 @@ def config_of(script: str, argv: list[str]) -> configs.Config:
             print(usage.page(script, argv, configs.OPTIONS))
         raise SystemExit(0 if argv else 2)
     cfg = configs.load(argv)
-    for check in (packages, hub, device, out_dir, schedules, model, room):
+    for check in (packages, hub, device, out_dir, schedules, environment, model, room):
         check(cfg)
     rewarding.check_sandbox(rewarding.resolve(cfg.rewards), cfg.sandbox, turns.resolve(cfg.env))
     if isinstance(cfg.task, str):
@@ -128,6 +129,50 @@ def schedules(cfg):
                     f"reward_weights gave {weights!r:.80} at step {step}: "
                     f"{len(cfg.rewards)} numbers are wanted, one for each of `rewards`"
                 )
+
+
+def environment(cfg):
+    """The environment can be made and asked, and a row has room for more than one turn."""
+    names = [entry[0] if isinstance(entry, (tuple, list)) and entry else entry for entry in cfg.rewards]
+    env = turns.resolve(cfg.env)
+    name = cfg.env if isinstance(cfg.env, str) else data.name_of(cfg.env)
+    if env is None:
+        if "env" in names:
+            raise ValueError(
+                "the reward 'env' is what an environment says that a row is worth, and there is none: "
+                f"give env, one of {', '.join(turns.ENVS)} or your own (docs/turns.md)"
+            )
+        return
+    if inspect.isclass(env) and not callable(getattr(env, "step", None)):
+        raise ValueError(f"the environment {name} is a class without step(said): add one (docs/turns.md)")
+    if inspect.isclass(env):
+        takes(f"the environment {name}", env, ["row"])
+        bound = isinstance(inspect.getattr_static(env, "step"), (staticmethod, classmethod))
+        takes(f"step of the environment {name}", env.step, ["said"] if bound else ["self", "said"])
+    else:
+        takes(f"the environment {name}", env, ["row", "said"])
+    if "env" in names and not (inspect.isclass(env) and callable(getattr(env, "reward", None))):
+        raise ValueError(
+            f"the reward 'env' asks the environment's reward(), and {name} has none: "
+            "make it a class with reward(), or name another reward"
+        )
+    wrong = [end for end in cfg.turn_ends if not isinstance(end, str) or not end]
+    if wrong:
+        raise ValueError(f"turn_ends has {wrong[0]!r}: it takes texts of a character or more, ('</tool>',)")
+    if 0 < cfg.max_context <= cfg.max_new_tokens:
+        raise ValueError(
+            f"max_context = {cfg.max_context} is of a prompt, all turns and their replies, and "
+            f"max_new_tokens = {cfg.max_new_tokens} is of the turns alone: give max_context more, or 0"
+        )
+
+
+def takes(what: str, function, arguments: list[str]):
+    """ValueError where a function cannot be called with so many arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        given = ", ".join(name for name in arguments if name != "self")
+        raise ValueError(f"{what} must take ({given}): it takes {inspect.signature(function)}") from None
 
 
 def called(key: str, function, step: int):

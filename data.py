@@ -518,6 +518,15 @@ def prompt_text(prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
 
+def transcript(messages) -> str:
+    """A conversation for people: the model's turns as they are, each reply on a line behind its role."""
+    lines = []
+    for message in messages:
+        who = "" if message["role"] == "assistant" else f"[{message['role']}] "
+        lines.append(who + message["content"])
+    return "\n".join(lines)
+
+
 def exact(sign: str, digits: str) -> Decimal:
     """The exact number: 0.1 + 0.2 is not 0.3 in floats, and 72, 72.0 and 072 are one answer."""
     minus = "-" if sign in ("-", "−") else ""

@@ -49,9 +49,15 @@ def show_first_batch(sampler, tokenizer, task, functions, cfg, stop_ids, convers
     )
     reward = torch.from_numpy(reward).view(len(rows), cfg.group_size)
     finds = rewarding.FINDS.get(functions[0][0])
+    lengths = [len(drawn) for drawn in out.logprobs]
+    answers = heard["completions"] if heard else texts
+    reasons = None
+    if turns:
+        texts = [data.transcript(talk.messages) for talk in turns.talks]
+        reasons = [shown["finish_reason"] for shown in turns.for_people(out, cfg.max_new_tokens)]
     return first_batch(
-        reward, out.stopped, texts, rows, out.ids, finds, temperature=sampling["temperature"],
-        max_new_tokens=cfg.max_new_tokens,
+        reward, out.stopped, texts, rows, lengths, answers, finds, temperature=sampling["temperature"],
+        max_new_tokens=cfg.max_new_tokens, reasons=reasons,
     )  # fmt: skip
 
 

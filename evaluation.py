@@ -9,6 +9,7 @@ Dims: B prompts of a batch, G completions a prompt; N problems, k samples of eac
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -45,10 +46,11 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
     drawn greedily, several at `temperature`; then strict and lenient are means over samples (pass@1) and
     eval/pass@j is there for j = 1, 2, 4, .. samples. stop: asked between batches of problems; where it says
     True there is no result, ({}, []). on_answers: called at the end with the rows, each problem's first
-    completion, and whether it is right. converse, max_context: where an environment answers, (rows,
-    group_size) -> turns.Turns, and the most tokens of a row.
+    completion, whether it is right, and its messages where it is a conversation, else None. converse,
+    max_context: where an environment answers, (rows, group_size) -> turns.Turns, and the most tokens of a
+    row; then completions are transcripts.
     """
-    lengths, stopped, texts, parts, said = [], [], [], [], []
+    lengths, stopped, texts, parts, talks = [], [], [], [], []
     twin = rewarding.LENIENT.get(functions[0][0])  # without one lenient is strict: nobody runs programs twice
     graded = [*functions, ("lenient", twin, 0.0)] if twin else functions
     for start in range(0, len(rows), AT_ONCE):
@@ -70,17 +72,18 @@ def evaluate(sampler, tokenizer, rows, functions, *, stop_ids, max_new_tokens, s
             heard=turns and turns.heard(range(len(out.ids))),
         )  # fmt: skip
         lengths += map(len, out.logprobs)
-        said += [len(talk.said) for talk in turns.talks] if turns else []
+        talks += turns.talks if turns else []
         stopped += out.stopped
-        texts += some_texts
+        texts += [data.transcript(talk.messages) for talk in turns.talks] if turns else some_texts
         parts.append(some_parts)
     parts = np.concatenate(parts)  # (N * samples, R)
     metrics = summarise(lengths, stopped, parts, functions, samples, has_twin=twin is not None)
-    if said:
-        metrics["eval/turns"] = sum(said) / len(said)
+    if talks:
+        metrics["eval/turns"] = sum(len(talk.said) for talk in talks) / len(talks)
     first = texts[::samples]
     if on_answers is not None:
-        on_answers(rows, first, (parts[::samples, 0] >= 1.0).tolist())
+        messages = [talk.messages for talk in talks[::samples]] or None
+        on_answers(rows, first, (parts[::samples, 0] >= 1.0).tolist(), messages)
     return metrics, first
 
 
@@ -134,24 +137,31 @@ def summary(metrics: dict) -> str:
     return ", ".join(words)
 
 
-def first_batch(reward, stopped, texts, rows, ids, finds, *, temperature, max_new_tokens) -> str:
+def first_batch(reward, stopped, texts, rows, lengths, answers, finds, *, temperature, max_new_tokens,
+                reasons=None) -> str:  # fmt: skip
     """What training would meet in its first batch, for a person: spread, groups with signal, truncation,
     samples.
 
-    reward (B, G), NaN for None; stopped, texts, ids: B * G; rows: B; finds: a
-    function text -> answer or None.
+    reward (B, G), NaN for None; stopped, texts, lengths (drawn tokens), answers (what was graded: the texts,
+    or the last turns of conversations): B * G; rows: B; finds: a function text -> answer or None. reasons: of
+    conversations what ended each (turns.Turns.for_people).
     """
     (B, G), flat = reward.shape, reward.reshape(-1)
+    limit = f"cut at {max_new_tokens} tokens"
+    if reasons is not None:
+        of_all = Counter(reason for reason in reasons if reason != "stop")
+        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(of_all.items()))
+        limit = f"cut ({counts or 'none'})"
     spread = [float(row[~row.isnan()].std(correction=0)) if (~row.isnan()).any() else 0.0 for row in reward]
     words = [
         f"a first training batch, {B} prompts x {G} at temperature {temperature:g}: "
         f"mean reward {reward.nanmean():.3f}",
         f"spread within groups {sum(spread) / B:.3f}",
         f"{1 - len(flat_groups(reward)) / B:.0%} of the groups with any signal",
-        f"{1 - sum(stopped) / (B * G):.0%} cut at {max_new_tokens} tokens",
+        f"{1 - sum(stopped) / (B * G):.0%} {limit}",
     ]
     if finds:
-        lost = sum(finds(text) in (None, "") for text in texts)
+        lost = sum(finds(text) in (None, "") for text in answers)
         words.append(f"no answer found in {lost / (B * G):.0%}")
     unscored = int(reward.isnan().sum())
     if unscored:
@@ -159,11 +169,13 @@ def first_batch(reward, stopped, texts, rows, ids, finds, *, temperature, max_ne
     lines = [", ".join(words)]
     for n in dict.fromkeys((0, B * G // 2, B * G - 1)):
         cut = "" if stopped[n] else ", cut"
+        if cut and reasons is not None:
+            cut += f" ({reasons[n]})"
         lines.append(
-            f"--- {rows[n // G]['prompt']}\n{texts[n]}\n(reward {flat[n]:g}, {len(ids[n])} tokens{cut})"
+            f"--- {rows[n // G]['prompt']}\n{texts[n]}\n(reward {flat[n]:g}, {lengths[n]} tokens{cut})"
         )
     try:
-        refuse_hopeless(reward, stopped, max_new_tokens)
+        refuse_hopeless(reward, stopped, max_new_tokens, has_turns=reasons is not None)
     except ValueError as e:
         lines.append(f"train.py would not start: {e}")
     return "\n".join(lines)
@@ -195,15 +207,22 @@ def missing_form(functions, texts) -> tuple[str, int] | None:
     return worst
 
 
-def refuse_hopeless(reward, stopped, max_new_tokens: int, within_groups=True, missing=None):
+def refuse_hopeless(reward, stopped, max_new_tokens: int, within_groups=True, missing=None,
+                    has_turns=False):  # fmt: skip
     """ValueError, with the knob to turn, where nothing can be learnt from a batch.
 
     reward (B, G), NaN for None; stopped: B * G bools. within_groups: completions are compared within their
     groups, and not by an advantage of the config's own with a baseline from elsewhere. missing: (label,
-    share) of a reward that found no answer to grade in this share of the completions.
+    share) of a reward that found no answer to grade in this share of the completions. has_turns: they are
+    conversations, which more limits cut.
     """
     (B, G), known = reward.shape, reward[~reward.isnan()].tolist()
     go_on = "or go on with --force=True"
+    if not any(stopped) and has_turns:
+        raise ValueError(
+            f"every conversation of the first batch was cut, by max_turns, max_context or max_new_tokens = "
+            f"{max_new_tokens}: see which in python eval.py, raise it, let the environment end rows, {go_on}"
+        )
     if not any(stopped):
         raise ValueError(
             f"every completion of the first batch was cut at {max_new_tokens} tokens: "

@@ -109,7 +109,7 @@ def turn_metrics(of_ranks: list) -> dict:
         return {}
     failures = [sentence for counts in of_ranks for sentence in counts["failures"]]
     if failures:
-        say(f"{len(failures)} of {rows} rows lost their environment; {failures[0]}")
+        say(f"{len(failures)} of {rows} rows lost their environment, the first of them: {failures[0]}")
     return {
         "turns/mean": sum(counts["turns"] for counts in of_ranks) / rows,
         "turns/max": max(counts["most"] for counts in of_ranks),
@@ -148,9 +148,10 @@ def write_rollouts(run, step, batch):
 
     Of each token its id, its text, the sampler's log-probability, the trainer's entropy, and by how much the
     trainer's log-probability differs from the sampler's, in nats; the last two are null for a row that the
-    update did not need. `group` is the prompt's number in the step. Of a conversation also its `turns`,
-    messages, what its environment says that it is worth and what failed, and `given`, [first, tokens] of each
-    reply; these tokens have no numbers.
+    update did not need. `group` is the prompt's number in the step.
+
+    A row of a conversation has more (turns.Turns.for_people): its `turns`, which are messages, env_reward,
+    env_failure, and `given`, [first, number] of the tokens of each reply, which have null for all numbers.
     """
     if rank() != 0:
         return
@@ -173,10 +174,7 @@ def rollout_rows(run, step, batch):
             entropy=None if entropy is None else [round(h, 5) for h in entropy.tolist()],
             difference=difference,
         )
-        if batch.conversations:
-            numbers = {name: beside_ids(values, batch.out.drawn[n]) for name, values in numbers.items()}
-            numbers |= batch.conversations[n] | dict(given=given_spans(batch.out.drawn[n]))
-        yield dict(
+        row = dict(
             step=step.number,
             group=step.numbers[n // G],
             prompt=batch.rows[n // G]["prompt"],
@@ -188,8 +186,11 @@ def rollout_rows(run, step, batch):
             advantage=float(batch.adv[n]),
             **logged_columns(batch, n),
             finish_reason="stop" if batch.out.stopped[n] else "length",
-            **numbers,
         )
+        if batch.conversations:
+            numbers = {name: beside_ids(values, batch.out.drawn[n]) for name, values in numbers.items()}
+            row |= batch.conversations[n] | dict(given=given_spans(batch.out.drawn[n]))
+        yield row | numbers
 
 
 def beside_ids(values: list | None, drawn: list[bool]) -> list | None:
@@ -223,17 +224,19 @@ def token_texts(tokenizer, ids) -> dict:
     return {i: both.removeprefix(one) or one for i, one, both in zip(known, alone, twice)}
 
 
-def write_answers(run, log, rows, texts, right):
-    """rollouts/eval_000025.jsonl: one object a held-out problem, with its first answer after that step."""
+def write_answers(run, log, rows, texts, right, conversations):
+    """rollouts/eval_000025.jsonl: one object a held-out problem, with its first answer after that step.
+
+    conversations: with an environment the messages of each, `turns` in the file; else None.
+    """
     if log.trackers:
         log.trackers.samples(run.state["step"], rows, texts, right)
     if not run.cfg.rollouts_every:
         return
     number, answers = run.state["step"], []
     for problem, (row, text, is_right) in enumerate(zip(rows, texts, right)):
-        answers.append(
-            dict(step=number, problem=problem, prompt=row["prompt"], completion=text, right=is_right)
-        )
+        answer = dict(step=number, problem=problem, prompt=row["prompt"], completion=text, right=is_right)
+        answers.append(answer | (dict(turns=conversations[problem]) if conversations else {}))
     write_for_people(run.out / "rollouts" / f"eval_{number:06d}.jsonl", answers)
 
 

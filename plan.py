@@ -194,6 +194,9 @@ def page(cfg, shape, gpu_gb: float, prompt_tokens: int) -> str:
         lines.append(f"taught by {cfg.reference}: {memory.parameters(teacher_of(cfg)) / 1e9:.2f} billion")
     lines.append(f"a card of {gpu_gb:g} GB, of which {USABLE * gpu_gb:.1f} are usable")
     lines.append(f"prompts of {prompt_tokens} tokens, completions of {cfg.max_new_tokens} at most")
+    if cfg.env:
+        lines[-1] += f", {memory.own_tokens(cfg)} with what an environment replies"
+        lines.append("twice as many slots as are decoded at once, for rows that wait for it")
     lines.append(f"micro-batches of {tokens:,} tokens")
     for phase, parts in phases.items():
         lines.append(f"\n{phase:10}{memory.total(parts) / 1e9:8.2f} GB")

@@ -30,6 +30,11 @@ import picture
 from picture import escape, number
 
 PAGE = Path(__file__).with_name("report_page.html")
+# finish_reason of rollouts/ -> what is said of a row that was cut off.
+CUT = dict(
+    length="cut off", turns="cut off by max_turns", context="cut off by max_context",
+    environment="its environment failed",
+)  # fmt: skip
 FILES, BYTES = 100, 100_000_000  # of rollouts/ in a page at most: files, evenly spaced, and bytes of all
 
 
@@ -175,7 +180,7 @@ def row_for_page(row: dict, prefill) -> dict:
         reward=number(row.get("reward")),
         advantage=number(row.get("advantage")),
         parts={label: number(part) for label, part in parts.items()},
-        cut=row.get("finish_reason") == "length",
+        cut=CUT.get(row.get("finish_reason")) if is_text(row.get("finish_reason")) else None,
         length=len(ids) if isinstance(ids, list) else None,
         text=text,
     )
@@ -183,15 +188,30 @@ def row_for_page(row: dict, prefill) -> dict:
         return shown
     start = len(prefill) if is_text(prefill) and text.startswith(prefill) else 0
     shown["start"] = start
-    shown["widths"] = token_widths(text, tokens, start, stopped=not shown["cut"])
-    shown["stop"] = "" if shown["cut"] else tokens[-1]
-    if isinstance(row.get("given"), list):
-        shown["given"] = [span for span in row["given"] if isinstance(span, list) and len(span) == 2]
+    given = spans_of(row.get("given"))
+    # A conversation may end by what it says, a token that its text ends with.
+    stopped = not shown["cut"] and not (given is not None and text.endswith(tokens[-1]))
+    shown["widths"] = token_widths(text, tokens, start, stopped=stopped)
+    shown["stop"] = tokens[-1] if stopped else ""
+    if given is not None:
+        shown["given"] = given
+        if shown["length"] is not None:
+            shown["length"] -= sum(count for _, count in given)
+        shown["turns"] = len(given) + 1
+    if is_text(row.get("env_failure")):
+        shown["failure"] = row["env_failure"]
     for name, unit in (("logprobs", 1e3), ("entropy", 1e3), ("difference", 1e6)):
         values = row.get(name)
         if isinstance(values, list) and len(values) == len(tokens):
             shown[name] = in_units(values, unit)
     return shown
+
+
+def spans_of(given) -> list[list[int]] | None:
+    """[first, number] of each run of given tokens; None where the file has no such list."""
+    if not isinstance(given, list):
+        return None
+    return [span for span in given if isinstance(span, list) and list(map(type, span)) == [int, int]]
 
 
 def token_widths(text: str, tokens: list[str], start: int, stopped: bool) -> list[int]:
@@ -354,7 +374,9 @@ def key_figures(run: Recorded):
     main = learnt[0]  # a run without a reward learns from the KL to a teacher
     steps = [row for row in run.rows if number(row.get(main)) is not None]
     some = max(1, len(steps) // 10)
-    for what, key, spec in ((main, main, ".3f"), ("length", "completions/mean_length", ".0f")):
+    told = [(main, main, ".3f"), ("length", "completions/mean_length", ".0f")]
+    told.append(("turns", "turns/mean", ".2f"))
+    for what, key, spec in told:
         first, last = mean(steps[:some], key), mean(steps[-some:], key)
         if first is not None and last is not None:
             yield what, f"{first:{spec}} → {last:{spec}}", f"mean of {some} first and last steps"

@@ -71,7 +71,10 @@ def as_trained(flags: dict) -> dict:
     if "run" not in about:
         return flags
     if about["config"].get("env"):
-        print("the environment that it was trained with is not asked here: in a chat you answer in its place")
+        told = "in a chat you answer in its place"
+        if not about["config"].get("env_role"):  # replies stand inside the model's message
+            told = "what looks like its replies is made up by the model"
+        print(f"the environment that it was trained with is not asked here: {told}")
     keys = dict(system="system_prompt", prefill="prefill", base="base")
     return flags | {flag: flags[flag] or about["config"].get(key, "") for flag, key in keys.items()}
 

@@ -166,7 +166,7 @@ COLUMNS = [
     ("kl", "kl", "8.4f", 2),
     ("entropy", "entropy", "7.3f", 5),
     ("length", "completions/mean_length", "7.1f", 1),
-    ("turns", "turns/mean", "7.2f", 6),
+    ("turns", "turns/mean", "6.2f", 3),
     ("cut%", "completions/clipped_ratio", "6.1%", 1),
     ("same%", "frac_reward_zero_std", "6.0%", 2),
     ("none", "reward_failures", "4.0f", 6),
@@ -181,12 +181,14 @@ LEGEND = (
     "whose rewards are all equal, which teach nothing; none: completions that no reward could score; t/s: "
     "tokens a second; left: minutes and seconds; -: a step does not have it"
 )
+WITH_TURNS = "max_new_tokens, max_turns or max_context; turns: of the model in a row"
 
 
-def legend():
+def legend(cfg):
     """What the columns mean, once, above their headings."""
     width = min(columns_of_screen() or 110, 110)
-    for text in textwrap.wrap(LEGEND, width - 2):
+    words = LEGEND.replace("max_new_tokens", WITH_TURNS) if cfg.env else LEGEND
+    for text in textwrap.wrap(words, width - 2):
         say(paint("  " + text, "dim"))
 
 
@@ -233,9 +235,24 @@ def evaluated(name: str, metrics: dict) -> str:
     return paint(f"{name} {summary(metrics)}", "green")
 
 
-def show_sample(row, text, reward):
+MOST_MESSAGES = 8  # of a conversation on the screen
+
+
+def show_sample(row, text, reward, conversation=None):
+    """A prompt and its completion; of a conversation (turns.Turns.for_people) each turn, and what cut it."""
     paid = "" if math.isnan(reward) else f"   reward {reward:.2f}"
-    say(f"      | {shorten(last_words(row['prompt']))} -> {shorten(text)}{paid}")
+    if conversation is None:
+        return say(f"      | {shorten(last_words(row['prompt']))} -> {shorten(text)}{paid}")
+    reason, lines = conversation["finish_reason"], []
+    cut = "" if reason == "stop" else f"   cut: {reason}"
+    say(f"      | {shorten(last_words(row['prompt']))}{paid}{cut}")
+    for message in conversation["turns"]:
+        lines.append(data.transcript([message | dict(content=shorten(message["content"]))]))
+    if len(lines) > MOST_MESSAGES:
+        half = MOST_MESSAGES // 2
+        lines[half:-half] = [f".. {len(lines) - 2 * half} messages more .."]
+    for line_of_talk in lines:
+        say(f"      |   {line_of_talk}".rstrip())
 
 
 def last_words(prompt) -> str:

@@ -160,7 +160,8 @@ def train_step(run, number: int) -> dict:
     if cfg.rollouts_every and number % cfg.rollouts_every == 0:
         write_rollouts(run, step, batch)
     if cfg.show_every and number % cfg.show_every == 0:
-        show_sample(batch.rows[0], batch.texts[0], batch.reward[0])
+        conversation = batch.conversations[0] if batch.conversations else None
+        show_sample(batch.rows[0], batch.texts[0], batch.reward[0], conversation)
     return metrics
 
 
@@ -173,7 +174,7 @@ def draw(run, step) -> Batch:
     if step.number == 1 and configs.has_reward(cfg) and not cfg.force:
         # A run in which no group has two different rewards would burn hours and learn nothing.
         # Of each rank the reward whose form is missing most, and in how many answers.
-        of_ranks, missing = gather(missing_form(step.rewards, batch.texts)), None
+        of_ranks, missing = gather(missing_form(step.rewards, batch.answers)), None
         if of_ranks[0]:
             label, lost = of_ranks[0][0], sum(lost for _, lost in of_ranks)
             missing = label, lost / len(step.drawn.stopped)
@@ -183,6 +184,7 @@ def draw(run, step) -> Batch:
             cfg.max_new_tokens,
             within_groups=not callable(cfg.advantage),
             missing=missing,
+            has_turns=bool(cfg.env),
         )
     if cfg.resample_zero_groups:
         resample(run, step, batch)
@@ -228,12 +230,13 @@ def sample_and_score(run, step, rows, numbers) -> Batch:
     # Counted here, because dynamic sampling comes through here several times in a step.
     step.tokens_drawn += out.stats["tokens"]
     step.tokens_read += cfg.group_size * sum(map(len, prompts)) + sum(map(len, out.ids)) - out.stats["tokens"]
-    if turns:
-        step.turns.append(turns)
     texts, parts, reward, logged = zip(*scored)
     texts = [text for some in texts for text in some]
     step.logged += logged
-    more = dict(extra=rewarding.joined_columns(logged), conversations=turns and turns.for_people())
+    more = dict(extra=rewarding.joined_columns(logged))
+    if turns:
+        step.turns.append(turns)
+        more["conversations"] = turns.for_people(out, cfg.max_new_tokens)
     return Batch(rows, prompts, out, texts, np.concatenate(parts), np.concatenate(reward), **more)
 
 
@@ -657,7 +660,7 @@ def main(cfg) -> int:
                 checkpoint.sweep(run.out)  # the last save was perhaps killed while it deleted an older one
             more = f"stop_at={cfg.stop_at!r} is reached" if end < cfg.steps else "a larger --steps goes on"
             say(f"already done: step {first - 1} of steps={cfg.steps}; {more}")
-        legend()
+        legend(cfg)
         say(line(run))
         for number in range(first, end + 1):
             # Between two steps everything is whole, so this is where a run can be left.

@@ -135,6 +135,7 @@ class Talk:
     messages: list[dict] = field(default_factory=list)  # role and content, the model's and the environment's
     reward: float | None = None  # the environment's own
     failed: str = ""  # what went wrong with the environment
+    last: bool = False  # the model has had as many whole turns as it may
 
 
 class Conversations:
@@ -188,9 +189,8 @@ class Turns:
         text = self.text(said)
         begins = len(talk.said) == 1 or self.of.wrapper.after  # where the prefill has been given
         talk.messages.append(dict(role="assistant", content=self.of.prefill * bool(begins) + text))
-        if len(talk.said) == self.of.max_turns:
-            room = -1
-        self.call(row, -1 if cut else room, cut=cut)
+        talk.last = len(talk.said) == self.of.max_turns and not cut
+        self.call(row, -1 if talk.last or cut else room, cut=cut)
 
     def replies(self, *, wait: bool, every: bool) -> list[Reply]:
         """What has been replied since the last call, by row. wait: one at least; every: to all that ask."""
@@ -219,13 +219,21 @@ class Turns:
             env_reward=[talk.reward for talk in talks],
         )
 
-    def for_people(self) -> list[dict]:
-        """What rollouts/ show of each row."""
+    def for_people(self, out, max_new_tokens: int) -> list[dict]:
+        """What rollouts/ show of each row. out: the call's rollout.Rollout.
+
+        finish_reason: "stop" of a row that came to its own end; else what ended it, "environment" (it
+        failed), "turns" (max_turns), "length" (max_new_tokens) or "context" (max_context).
+        """
         shown = []
-        for talk in self.talks:
+        for talk, stopped, drawn in zip(self.talks, out.stopped, out.logprobs):
             columns = dict(turns=talk.messages)
             columns |= dict(env_reward=talk.reward) if self.of.has_reward else {}
-            shown.append(columns | (dict(env_failure=talk.failed) if talk.failed else {}))
+            columns |= dict(env_failure=talk.failed) if talk.failed else {}
+            reason = "length" if len(drawn) == max_new_tokens else "context"
+            reason = "turns" if talk.last else reason
+            reason = "environment" if talk.failed else reason
+            shown.append(columns | dict(finish_reason="stop" if stopped else reason))
         return shown
 
     def failures(self) -> list[str]:
@@ -302,12 +310,12 @@ class Turns:
     def encoded(self, text: str, room: int, after_stop: bool) -> list[int]:
         """Ids of a reply. ValueError where it is more than `room`, or not encodable."""
         if len(text) > CHARACTERS_A_TOKEN * (room + 1):
-            raise ValueError(f"replied {len(text):,} characters where {room} tokens are left")
+            raise ValueError(f"replied {len(text):,} characters where {room} tokens are left (max_context)")
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"replied {short(text)}, with half a surrogate pair, which is no character")
         ids = self.of.wrapper.ids(text, after_stop=after_stop)
         if len(ids) > room:
-            raise ValueError(f"replied {len(ids)} tokens where {room} are left")
+            raise ValueError(f"replied {len(ids)} tokens where {room} are left (max_context)")
         return ids
 
     def fail(self, row: int, what: str) -> Reply:

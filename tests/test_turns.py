@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import kernels
-import report
 import train
 from config import load
 from conftest import ALPHABET, ROOT, SHAPE, WITH_TURNS, Echo, checkpoint, rows, same, settings, weights
@@ -483,37 +482,3 @@ def test_the_pages_files_run_as_they_stand(tmp_path, name):
     assert train.main(load([str(path), f"--out_dir={tmp_path / 'run'}"])) == 0
     last = rows(tmp_path / "run/metrics.jsonl")[-1]
     assert last["turns/mean"] > 1.2 and last["turns/env_failures"] == 0
-
-
-# ------------------------------------------------------------------------------------------ what people see
-def test_what_is_shown_of_a_conversation(tmp_path, capsys):
-    """Numbers of tokens stand beside their tokens, and given ones have none."""
-    cfg = run_of(tmp_path, rollouts_every=1, show_every=1, eval_every=2, eval_problems=3, steps=2)
-    assert train.main(cfg) == 0
-    told = capsys.readouterr().out
-    assert "environment: Echo, replies as they are, at most 4 turns and 40 tokens a row behind" in told
-    assert " turns\n" in told  # of the evaluations
-    folder = tmp_path / "run"
-    assert rows(folder / "metrics.jsonl")[-1]["eval/turns"] >= 1
-    shown = rows(folder / "rollouts/step_000001.jsonl")
-    assert any(row["given"] for row in shown)
-    for row in shown:
-        given = [first + i for first, count in row["given"] for i in range(count)]
-        for name in ("logprobs", "entropy", "difference"):
-            values = row[name]
-            if values is not None:
-                assert [i for i, x in enumerate(values) if x is None] == given
-        assert len(row["logprobs"]) == len(row["tokens"]) == len(row["ids"])
-        replies = "".join(row["tokens"][i] for i in given)
-        assert replies == "".join(m["content"] for m in row["turns"][1::2])
-        assert row["env_reward"] is not None and "env_failure" not in row
-    (group, *_) = report.read_run(str(folder)).groups
-    assert group["rows"][0]["given"] == shown[0]["given"]
-    assert len(group["rows"][0]["logprobs"]) == len(shown[0]["ids"])
-
-
-def test_rollouts_without_an_environment_have_no_column_of_turns(tmp_path):
-    train.main(settings(tmp_path, rollouts_every=1, steps=1))
-    row = rows(tmp_path / "run/rollouts/step_000001.jsonl")[0]
-    assert not row.keys() & {"turns", "given", "env_reward", "env_failure"}
-    assert len(row["logprobs"]) == len(row["ids"])
