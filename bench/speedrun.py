@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def result_of(rows: list[dict], goal: str) -> dict:
 
 
 def grade(track: Track, cfg: configs.Config, task, folder: Path) -> dict:
-    """The saved model on the fresh problems: share of right answers, and how many there are."""
+    """The saved model on the fresh problems: their share of right answers, greedy."""
     device, dtype = pick_device(cfg.device, cfg.dtype, cfg.threads)
     model, tokenizer, stop_ids, _ = load_policy(str(folder), dtype=dtype, device=device)
     metrics, _ = evaluate(
@@ -295,10 +296,12 @@ def attempt(name: str, track: Track, config: str, words: list[str], seeds: list[
     task = data.load_task(cfg.task, **everything)
     check_data(track, cfg, task, seeds)
     code, dirty = commit()  # now: the code may change while it runs
-    load_before, runs = os.getloadavg(), []
-    for seed in seeds:
-        place = folder / f"{name}_seed{seed}"
-        run = train(config, cfg, words, seed, place)
+    load_before = os.getloadavg()
+    places = [folder / f"{name}_seed{seed}" for seed in seeds]
+    trained = [train(config, cfg, words, seed, place) for seed, place in zip(seeds, places)]
+    # Graded when all are trained: a model in this process would leave less of a GPU's memory to the others.
+    runs = []
+    for seed, place, run in zip(seeds, places, trained):
         result = dict(seed=seed, **result_of(run["rows"], cfg.stop_at), wall_seconds=run["wall"])
         runs.append(result | grade(track, cfg, task, place))
     found = dict(track=name, target=track.target, goal=cfg.stop_at, **summary(track, runs), runs=runs)
@@ -306,7 +309,7 @@ def attempt(name: str, track: Track, config: str, words: list[str], seeds: list[
     return found | dict(
         record=not against,
         objections=against,
-        mbu=bandwidth.of_config(cfg, str(place)),
+        mbu=bandwidth.of_config(cfg, str(places[-1])),
         model=cfg.model if cfg.scratch is None else "random weights",
         device=device_name(track.device),
         threads=cfg.threads if track.device == "cpu" else None,
@@ -314,7 +317,7 @@ def attempt(name: str, track: Track, config: str, words: list[str], seeds: list[
         torch=torch.__version__,
         commit=code,
         dirty=dirty,
-        command=" ".join(["python", "bench/speedrun.py", *sys.argv[1:]]),
+        command=shlex.join(["python", "bench/speedrun.py", *sys.argv[1:]]),
         date=time.strftime("%F"),
     )
 

@@ -190,6 +190,12 @@ def speedrun_command(*words):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def test_seeds_are_numbers():
+    assert speedrun.seeds_of("0,1,12") == [0, 1, 12] and speedrun.seeds_of("") == []
+    with pytest.raises(ValueError, match="write them as 0,1,2"):
+        speedrun.seeds_of("0-4")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs for good")
 def test_the_gpu_track_says_that_it_needs_a_gpu():
     with pytest.raises(ValueError, match="needs a GPU, and torch sees none here"):
