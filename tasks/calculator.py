@@ -10,11 +10,11 @@ Tests: python -m pytest tests/test_calculator.py
 """
 
 import ast
+import operator
 import re
 from fractions import Fraction
 
-from tasks.countdown import OPERATORS
-
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPEN, CLOSE = "<calc>", "</calc>"
 NOTE = re.compile(r"<<([^<>=]{1,100})=[^<>]{0,100}>>")  # of GSM8K's solutions
 LONGEST = 100  # characters of an expression, so that no number is long to reckon with

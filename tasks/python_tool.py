@@ -4,13 +4,11 @@
 
 A message with a block between ```python and ``` is run in the sandbox (tasks/sandbox.py: no network, no
 files, time and memory limited), and its output comes back as the next message. A message without one is the
-answer, and ends the row. Each program starts anew: nothing is kept between two of them.
+answer, and ends the row. Each program starts anew: nothing is kept between two of them. The sandbox is
+imported where it is needed and nowhere else.
 
 Tests: python -m pytest tests/test_python_tool.py
 """
-
-from tasks import sandbox
-from tasks.code import python_block
 
 SECONDS, MEMORY_MB = 4.0, 512
 LONGEST = 2000  # characters of output that come back
@@ -27,6 +25,9 @@ except Exception as error:
 
 def env(row: dict, said: str) -> str | None:
     """What the message's program prints, or None where it has none. SandboxError: it could not be run."""
+    from tasks import sandbox
+    from tasks.code import python_block
+
     program = python_block(said)
     if not program:
         return None

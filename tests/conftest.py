@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -33,6 +34,9 @@ import model as models  # noqa: E402
 from sandboxes import mode, nothing_is_left, use  # noqa: E402, F401  (fixtures of two files)
 
 torch.set_num_threads(1)
+# An example is not too slow because the machine was busy.
+hypothesis.settings.register_profile("no_clock", deadline=None)
+hypothesis.settings.load_profile("no_clock")
 # A shell that starts the suite in the background ignores Ctrl-C for it and for its children, and the tests of
 # Ctrl-C send one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
