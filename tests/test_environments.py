@@ -50,15 +50,17 @@ from datasets import Dataset
 
 
 class Longer(vf.MultiTurnEnv):
-    async def is_completed(self, messages, state, **_):
-        return state["turn"] >= 3 or len(messages[-1]["content"]) > 15
+    @vf.stop
+    async def long_enough(self, state):
+        turns = state["trajectory"]
+        return len(turns) >= 3 or bool(turns) and len(turns[-1]["completion"][-1].content) > 15
 
     async def env_response(self, messages, state, **_):
-        return [dict(role="user", content="longer")], state
+        return [dict(role="user", content="longer")]
 
 
 def length(completion, answer, **_):
-    return len(completion[-1]["content"]) / 24 + (answer == "x")
+    return len(completion[-1].content) / 24 + (answer == "x")
 
 
 _questions = Dataset.from_list([dict(question="Say something", answer="x")] * 3)
@@ -69,8 +71,8 @@ turn_ends = tuple("aeiou0123")
 
 def test_verifiers(tmp_path):
     vf = pytest.importorskip("verifiers")
-    if not hasattr(vf, "MultiTurnEnv"):
-        pytest.skip("another generation of verifiers: the page names 0.1")
+    if not hasattr(vf, "stop") or not hasattr(vf, "MultiTurnEnv"):
+        pytest.skip("another generation of verifiers: the page names 0.1.14")
     text = FILES["my_verifiers"]
     named = (
         '_games = vf.load_environment("wordle")  # any chat environment of several turns that is installed\n'

@@ -60,6 +60,17 @@ def test_a_long_output_is_cut_in_the_middle():
         "import os\nos.kill(os.getppid(), 9)",
         "x = [0] * 10**10",
         "import os\nwhile True: os.fork()",
+        "import os\nos._exit(0)",
+        "import os\nos.close(1)\nos.close(2)\nprint('x')",
+        "import os\nos.write(1, b'\\xff\\xfe\\x00' * 100)",
+        "input()",
+        "def f(): f()\nf()",
+        "import builtins\nbuiltins.print = builtins.BaseException = builtins.Exception = None\n1 / 0",
+        "raise KeyboardInterrupt",
+        "class E(Exception):\n    def __str__(self): raise ValueError\nraise E",
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()",
+        "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n"
+        "    except OSError: pass\nwhile True: pass",
     ],
 )
 def test_a_hostile_program_gets_a_short_reply_in_time(program):
