@@ -1,6 +1,6 @@
-"""The two pictures of docs/, from the metrics in bench/results.
+"""The three pictures of runs in docs/, from the metrics in bench/results.
 
-    python bench/figures.py                        # draws docs/arithmetic.png and docs/presets.png
+    python bench/figures.py                        # draws docs/arithmetic.png, presets.png and guess.png
     python bench/figures.py arithmetic FILE OUT    # one picture, of another run's metrics.jsonl
 
 bench/curves.py looks at any run in a moment. This script is for pictures that are read without their
@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+GUESSES = RESULTS / "2026-11-27_cpu_guess_turns.jsonl"
 ONE_RUN = RESULTS / "2026-11-26_cpu_arithmetic_seed0_metrics.jsonl"
 
 # Colours that a colour-blind reader can tell apart (Okabe and Ito), a line style and a marker for each.
@@ -152,6 +153,30 @@ def presets(runs: dict[str, list[dict]], picture: Path):
     finish(figure, title + "\nand sampled accuracy (mean of 9 steps)", picture)
 
 
+def guess(rows: list[dict], picture: Path):
+    """Five seeds of configs/guess.py. rows: seed, step and, of each step or evaluation, its guesses."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.4), width_ratios=(1.35, 1))
+    seeds = {seed: [row for row in rows if row["seed"] == seed] for seed in sorted({r["seed"] for r in rows})}
+    sampled = [series(of_seed, "turns/mean")[1] for of_seed in seeds.values()]
+    steps = series(seeds[0], "turns/mean")[0]
+    for values in sampled:
+        left.plot(steps, values, color="#0072B2", lw=0.6, alpha=0.4)
+    left.plot(steps, [sum(v) / len(v) for v in zip(*sampled)], color="#0072B2", lw=1.8)
+    for level, name in ((5.0, "log2(32) = 5"), (135 / 32, "the best there is: 4.22")):
+        left.axhline(level, color="#888888", ls=":", lw=1)
+        left.text(1, level - 0.08, name, fontsize=8, color="#666666", va="top")
+    left.set(xlim=(0, 80), ylim=(3.5, 9.5))
+    dress(left, "Few guesses pay, so the model halves", "GRPO step", "guesses a game, sampled")
+    for of_seed in seeds.values():
+        right.plot(*percent(of_seed, "eval/strict"), color="#009E73", lw=1.1, marker="o", ms=3.5, alpha=0.7)
+    right.set(xlim=(0, 82), ylim=(0, 104))
+    dress(right, "and seldom needs more than six", "GRPO step", "games of six guesses or fewer, greedy, %")
+    title = (
+        "configs/guess.py, seeds 0 to 4: a number from 1 to 32 by higher and lower; thick: mean of the seeds"
+    )
+    finish(figure, title, picture)
+
+
 def finish(figure, title: str, picture: Path):
     figure.suptitle(title, fontsize=9, color="#444444", x=0.01, ha="left")
     figure.tight_layout(w_pad=2.5)
@@ -167,6 +192,7 @@ def main(words: list[str]):
         return
     arithmetic(read(ONE_RUN), ROOT / "docs" / "arithmetic.png")
     presets({name: read(presets_file(name)) for name in STYLES}, ROOT / "docs" / "presets.png")
+    guess(read(GUESSES), ROOT / "docs" / "guess.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """How fast is the sampler? The floor of the machine, transformers' generate and ours, side by side on the
 same prompts and lengths.
 
-    python bench/rollout.py --model=models/smollm2-135m                        # 4 prompts x 8 completions, 64
-    + 64 tokens, full and early python bench/rollout.py --model=models/smollm2-135m --prompts=8 --threads=2
-    --lengths=early --lora=16
+    python bench/rollout.py --model=models/smollm2-135m    # 4 prompts x 8 completions, 64 + 64 tokens
+    python bench/rollout.py --model=models/smollm2-135m --prompts=8 --threads=2 --lengths=early --lora=16
 
 full: every completion has --new tokens. early: lengths like GSM8K's, 8 to --new, mean 40 % of --new before
 clipping; what counts is the tokens before the end. transformers is made to emit EOS there; our rows get the

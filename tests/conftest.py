@@ -79,6 +79,11 @@ def serving(handler):
         server.server_close()
 
 
+def quick(n: int, cases) -> list:
+    """`cases` as parameters: the first n always run, the others with the slow tests."""
+    return [case if i < n else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
+
+
 @pytest.fixture
 def tiny():
     """A two-layer Llama of random weights, fp32: grouped heads, tied head.

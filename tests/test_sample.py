@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from conftest import quick
 from kernels.logprob import truncate_
 from kernels.sample import LONG, WORD, draw, draw_ref, greedy, philox, race, splitmix, token_keys
 
@@ -193,7 +194,7 @@ def test_logits_that_are_not_finite_give_a_logp_that_is_not():
     "options",
     [dict(), dict(top_k=5), dict(top_p=0.8), dict(min_p=0.1), dict(top_k=20, top_p=0.9, min_p=0.02)],
 )
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("temperature", quick(1, [1.7, 0.6, 1.0]))
 def test_draws_follow_the_exact_distribution(temperature, options):
     """20,000 draws of one row, keyed as the sampler keys them.
 

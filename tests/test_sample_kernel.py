@@ -95,11 +95,11 @@ LARGE = [(4097, 3), (49_152, 3), (151_936, 2)]
 CASES = []
 for V, n in SHAPES:
     for options in [dict(), *TRUNCATED]:
-        slow = V in (127, 128) and options  # 129 is a full block and one word more
+        slow = V in (127, 128, 1000) and options  # 129 is a full block and one word more
         CASES.append(pytest.param(V, n, options, marks=pytest.mark.slow if slow else ()))
 for V, n in LARGE:
     for options in PLAIN:
-        slow = V > 100_000 or (V > 40_000 and options)
+        slow = V > 40_000
         CASES.append(pytest.param(V, n, options, marks=pytest.mark.slow if slow else ()))
 
 

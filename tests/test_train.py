@@ -25,7 +25,7 @@ import loss
 import model as models
 import rewards as rewarding
 import train
-from conftest import ROOT, SHAPE, even, rows, same, settings, untimed, weights
+from conftest import ROOT, SHAPE, even, quick, rows, same, settings, untimed, weights
 from head import policy_head_ref
 from policy import save_policy
 from rollout import Sampler
@@ -104,7 +104,7 @@ RESUMED = {
 
 
 # The quick ones; the others are in .ci/run's line for slow tests.
-QUICK = ("full", "lora", "bf16", "dynamic sampling", "warm-up and reference")
+QUICK = ("full", "lora", "warm-up and reference")
 VARIANTS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RESUMED]
 
 
@@ -337,7 +337,7 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.parametrize("keys", EVERYTHING, ids=str)
+@pytest.mark.parametrize("keys", quick(6, EVERYTHING), ids=str)
 def test_gradient_does_not_depend_on_micro_batches(tmp_path, keys):
     whole = one_step_gradients(tmp_path, micro_tokens=100_000, **keys)
     for micro_tokens in (30, 77):
@@ -346,7 +346,7 @@ def test_gradient_does_not_depend_on_micro_batches(tmp_path, keys):
 
 
 # The definition's exact KL is over the whole vocabulary, not over a truncated one.
-@pytest.mark.parametrize("keys", [keys for keys in EVERYTHING if "top_p" not in keys], ids=str)
+@pytest.mark.parametrize("keys", quick(6, [keys for keys in EVERYTHING if "top_p" not in keys]), ids=str)
 def test_the_head_in_chunks_gives_the_gradient_of_the_whole_objective_at_once(tmp_path, monkeypatch, keys):
     calls = []
 
