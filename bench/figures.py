@@ -164,7 +164,7 @@ def guess(rows: list[dict], picture: Path):
     left.plot(steps, [sum(v) / len(v) for v in zip(*sampled)], color="#0072B2", lw=1.8)
     for level, name in ((5.0, "log2(32) = 5"), (135 / 32, "the best there is: 4.22")):
         left.axhline(level, color="#888888", ls=":", lw=1)
-        left.text(1, level - 0.08, name, fontsize=8, color="#666666", va="top")
+        left.text(1, level + 0.04, name, fontsize=8, color="#666666", va="bottom")
     left.set(xlim=(0, 80), ylim=(3.5, 9.5))
     dress(left, "Few guesses pay, so the model halves", "GRPO step", "guesses a game, sampled")
     for of_seed in seeds.values():
