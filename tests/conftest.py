@@ -80,8 +80,12 @@ def serving(handler):
 
 
 def quick(n: int, cases) -> list:
-    """`cases` as parameters: the first n always run, the others with the slow tests."""
-    return [case if i < n else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
+    """`cases` as parameters: the first n always run, the others with the slow tests.
+
+    A case that is a tuple has several arguments.
+    """
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*row, marks=() if i < n else pytest.mark.slow) for i, row in enumerate(rows)]
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def check_attention(groups, H, K, E, dtype, scale=1.0):
         near(a, b, dtype)
 
 
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dtype", [LOW[0], pytest.param(LOW[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "H, K, E, groups",
     [
@@ -127,6 +127,7 @@ def test_completions_that_do_not_follow_their_prompt_are_refused(segments):
         flash.Tiles(segments, 1, E=8, dtype=torch.float32, device=DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [LOW[0], pytest.param(LOW[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "H, K, E, groups",
@@ -144,6 +145,7 @@ def test_gradients_of_keys_in_parts_are_those_of_the_definition(monkeypatch, H, 
     check_attention(groups, H, K, E, dtype)
 
 
+@pytest.mark.slow
 def test_the_order_of_parts_is_fixed(monkeypatch):
     """The same bits every time, where parts are added by another kernel."""
     monkeypatch.setattr(flash, "PART_ROWS", 50)

@@ -93,6 +93,7 @@ def test_every_option_gives_the_loss_the_gradient_and_the_sums_of_the_unfused_pa
         compare(inputs, some, whole(options), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows_a_chunk", [4, 1000])
 def test_every_option_with_the_exact_kl(monkeypatch, rows_a_chunk):
     *inputs, tokens = batch()

@@ -98,6 +98,7 @@ def test_an_objective_of_ones_own_has_the_gradient_of_its_formula(tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_advantage_that_remembers_and_resumes_to_the_bit(tmp_path):
     # 12 prompts, so that every one comes back within the run.
     few = 'task, task_options = "arithmetic", dict(style="words", low=1, high=4, held_out=0.3)\n'

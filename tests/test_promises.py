@@ -305,6 +305,7 @@ def test_13_a_used_folder_is_moved_aside(tmp_path):
 
 # 14. The same run on 1, 2 or 4 processes draws the same ids and makes the same groups; weights differ by the
 #     rounding of a sum. (An error on any rank is one sentence: tests/test_train.py.)
+@pytest.mark.slow
 def test_14_two_processes_draw_what_one_does(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(

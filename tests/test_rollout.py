@@ -315,6 +315,7 @@ def scenario(model, data):
         assert generate(model, prompts, **options, **policy).ids == out.ids
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     deadline=None,
@@ -382,7 +383,7 @@ def test_each_row_may_have_a_limit_of_its_own(tiny):
 # ------------------------------------------------------------------------------------------- slots and memory
 @pytest.mark.parametrize(
     "slots, group_size, longest, block, least",
-    [(32, 8, 48, 1, 0.97), (64, 16, 48, 1, 0.97), (16, 4, 384, 1, 0.97), (16, 4, 384, 8, 0.83)],
+    quick(1, [(32, 8, 48, 1, 0.97), (64, 16, 48, 1, 0.97), (16, 4, 384, 1, 0.97), (16, 4, 384, 8, 0.83)]),
 )
 def test_refilled_slots_are_useful(slots, group_size, longest, block, least):
     """Jobs = 4 x slots with lengths like GSM8K's: 8 to `longest`, mean 40 % of that before clipping. A block
@@ -527,7 +528,7 @@ def test_an_exception_drops_the_packed_weights():
 
 
 @pytest.mark.parametrize("make", [wide, lambda: models.create(dict(TINY), seed=0)], ids=["packed", "plain"])
-@pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
+@pytest.mark.parametrize("adapter", quick(1, [False, True]), ids=["base", "adapter"])
 def test_bf16_on_a_cpu_equals_training_in_bf16(make, adapter):
     """From PACK_STEPS new tokens on, the head was packed in fp32 and handed bf16 rows: sampling crashed."""
     model = make().to(torch.bfloat16)

@@ -64,6 +64,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path, capsys):
     assert "is of another run and is passed over" in told and "resumed from step 2" in told
 
 
+@pytest.mark.slow
 def test_an_adapter_moved_aside_still_sits_on_its_own_start(tmp_path):
     """The path of its base became the start of the run that came after it."""
     keys = dict(steps=2, lora_rank=2, lora_alpha=4.0, sft_steps=2, sft_batch=4)
@@ -168,7 +169,7 @@ def test_a_disk_that_is_full_is_said_and_leaves_no_half_save(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "keys, count",
     [
-        (dict(keep=1), 2),
+        pytest.param(dict(keep=1), 2, marks=pytest.mark.slow),
         pytest.param(dict(keep=0), 4, marks=pytest.mark.slow),
         pytest.param(dict(save_every=0), 1, marks=pytest.mark.slow),
         pytest.param(dict(save_every=3, keep=0), 2, marks=pytest.mark.slow),
@@ -224,6 +225,7 @@ def test_a_start_that_does_not_fit_is_one_sentence(tmp_path):
         train.main(settings(tmp_path, scratch=settings(tmp_path).scratch))
 
 
+@pytest.mark.slow
 def test_metrics_that_a_full_disk_did_not_take_are_written_later_and_none_is_torn(tmp_path, capsys):
     """A row that failed was lost, half of it stayed in the file, and the save that followed hid it."""
     cfg = settings(tmp_path, steps=4, save_every=1, rollouts_every=1)
@@ -273,6 +275,7 @@ def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch, capsys):
     assert train.main(again(cfg, resume=True)) == 0
 
 
+@pytest.mark.slow
 def test_a_step_whose_evaluation_fails_keeps_its_row(tmp_path):
     """The step was saved and its row not yet written, so a resumed run went on after it without one."""
     cfg = settings(tmp_path, steps=4, save_every=0, eval_every=2, eval_problems=3)

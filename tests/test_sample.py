@@ -170,6 +170,7 @@ def test_extreme_logits_stay_finite_and_exact():
     assert torch.equal(token, want) and torch.allclose(logp.double(), want_logp, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rounding_of_the_logits_hardly_ever_changes_a_draw():
     """An inverse-CDF draw changed its mind once in 270 tokens of SmolLM2 when logits moved by rounding.
 

@@ -173,6 +173,7 @@ def import_each(tmp_path, wanted: dict[str, list[str]]):
     assert out.returncode == 0 and not out.stdout, out.stdout + out.stderr
 
 
+@pytest.mark.slow
 def test_files_can_be_copied_out_alone_and_kernels_with_their_switch(tmp_path):
     alone = {name.split("/")[-1]: [f"{name}.py"] for name in ALONE}
     pair = {f"kernels.{name}": ["kernels/switch.py", f"kernels/{name}.py"] for name in WITH_SWITCH}

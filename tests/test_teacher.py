@@ -100,6 +100,7 @@ def test_a_step_without_rewards_is_the_mean_kl_of_what_was_drawn(tmp_path, teach
     assert float((grads - want).norm()) < 1e-4 * float(want.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [dict(), dict(kl_direction="forward", kl_top=3)], ids=str)
 def test_the_gradient_does_not_depend_on_micro_batches(tmp_path, teacher, keys):
     found = []
@@ -109,6 +110,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(tmp_path, teacher, keys):
     assert float((found[0] - found[1]).norm()) < 1e-5 * float(found[0].norm())
 
 
+@pytest.mark.slow
 def test_a_reward_of_weight_0_is_shown_and_changes_nothing(tmp_path, teacher):
     folders = []
     for name, rewards in (("none", []), ("shown", [("arithmetic", 0.0), (even, 0.0)])):
@@ -198,6 +200,7 @@ RESUMED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", RESUMED)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, teacher, keys):
     whole = taught(tmp_path, teacher, out_dir=str(tmp_path / "whole"), **keys)

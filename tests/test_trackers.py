@@ -91,6 +91,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tmp_path, wandb):
     assert [step for _, step, _ in wandb.of("log")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_same_numbers_also_after_a_resume(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -185,6 +186,7 @@ def test_a_run_ends_where_its_goal_is_reached_evaluated_and_saved(tmp_path, caps
     assert rows(Path(cfg.out_dir) / "metrics.jsonl") == written
 
 
+@pytest.mark.slow
 def test_a_goal_of_an_evaluation_is_looked_at_after_one(tmp_path):
     cfg = settings(
         tmp_path, rewards=[(even, 1.0)], steps=6, eval_every=2, eval_problems=4, stop_at="eval/mean_length>0"

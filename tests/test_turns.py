@@ -98,7 +98,7 @@ def test_ids_do_not_depend_on_slots_or_blocks(tiny, slots, block):
     assert heard(found) == heard(turns)
 
 
-@pytest.mark.parametrize("env", [TellsLate, TellsAsync])
+@pytest.mark.parametrize("env", quick(1, [TellsLate, TellsAsync]))
 @pytest.mark.parametrize("slots", quick(1, [3, 1, 16]))
 def test_ids_do_not_depend_on_when_an_environment_answers(tiny, env, slots):
     """On a CPU not even the last bit of a log-probability does."""
@@ -280,6 +280,7 @@ def test_a_reward_that_is_no_number_is_a_failure(tiny, value):
     assert all(talk.reward is None for talk in turns.talks)
 
 
+@pytest.mark.slow
 def test_more_hangs_than_threads_hold_nobody_up(tiny, monkeypatch):
     import turns as module
 
@@ -364,7 +365,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", quick(1, VARIANTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_with_turns_resumes_to_the_bit(tmp_path, name):
     """Also where its environment takes another time to answer."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
