@@ -523,7 +523,7 @@ def trainer_logp(run, step, batch) -> list[list[float]]:
     for numbers, prompts, completions in shard.rounds(micro, run.model, ([], *shard.NOTHING)):
         with step.timer("reference"), shard.in_step(run.model):
             run.model.eval()
-            drawn = batch.drawn(numbers)
+            drawn = batch.drawn(numbers) or None  # shard.NOTHING has a row, and none of the batch's
             logp, _, _ = run.model.completion_logprobs(prompts, completions, drawn=drawn, **step.sampling)
         if not numbers:
             continue
