@@ -63,7 +63,10 @@ class Rollout:
     entropies: list[list[float]]
     # seconds, tokens, slot_steps, useful_slot_steps, slots, cache_bytes
     stats: dict = field(default_factory=dict)
-    drawn: list[list[bool]] = field(default_factory=list)  # of each id: drawn, and not given
+    drawn: list[list[bool]] = field(default_factory=list)  # of each id: drawn, and not given; left out: all
+
+    def __post_init__(self):
+        self.drawn = self.drawn or [[True] * len(ids) for ids in self.ids]
 
     def group(self, b: int, group_size: int) -> list[list[int]]:
         return self.ids[b * group_size : (b + 1) * group_size]
