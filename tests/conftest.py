@@ -98,12 +98,14 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def signals_as_they_were():
-    """A run in this process takes Ctrl-C over; the test after it gets it back."""
+def signals_and_threads_as_they_were():
+    """A run in this process takes Ctrl-C over, and all cores; the test after it gets both back."""
     held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in held.items():
         signal.signal(number, handler)
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 # ------------------------------------------------------------------------------------------- one tiny run

@@ -3,7 +3,6 @@
 import statistics
 
 import pytest
-import torch
 
 import train
 from config import load
@@ -109,7 +108,7 @@ def test_a_conversation_without_an_environment_is_refused():
 @pytest.mark.slow
 def test_guess_learns(tmp_path):
     """A short run of configs/guess.py: from 8 guesses a game to fewer than 6."""
-    torch.set_num_threads(1)
-    train.main(load(["configs/guess.py", "--steps=24", "--eval_every=0", f"--out_dir={tmp_path / 'run'}"]))
+    flags = ["--steps=24", "--eval_every=0", "--threads=1", f"--out_dir={tmp_path / 'run'}"]
+    train.main(load(["configs/guess.py", *flags]))
     mean = [row["turns/mean"] for row in rows(tmp_path / "run/metrics.jsonl") if row["step"]]
     assert mean[0] > 7.5 and statistics.mean(mean[-4:]) < 5.8
