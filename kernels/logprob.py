@@ -246,8 +246,9 @@ def exponentials_(z, targets):
     """
     top = z.amax(-1, keepdim=True)  # (m, 1), and so are the next three
     logit, total, dot = torch.empty_like(top), torch.empty_like(top), torch.empty_like(top)
-    scratch = torch.empty_like(z[blocks(z)[0]])
-    for some in blocks(z):  # a few rows stay in the cache from one pass over them to the next
+    cut = blocks(z)
+    scratch = torch.empty_like(z[cut[0]])
+    for some in cut:  # a few rows stay in the cache from one pass over them to the next
         e, y = z[some], targets[some, None]
         x = torch.sub(e, top[some], out=scratch[: len(e)])
         torch.gather(x, 1, y, out=logit[some])

@@ -128,7 +128,7 @@ def test_completions_that_do_not_follow_their_prompt_are_refused(segments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [LOW[0], pytest.param(LOW[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(
     "H, K, E, groups",
     [

@@ -166,13 +166,14 @@ def test_a_disk_that_is_full_is_said_and_leaves_no_half_save(tmp_path, monkeypat
     assert not list((tmp_path / "run/ckpt").glob(".tmp*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys, count",
     [
-        pytest.param(dict(keep=1), 2, marks=pytest.mark.slow),
-        pytest.param(dict(keep=0), 4, marks=pytest.mark.slow),
-        pytest.param(dict(save_every=0), 1, marks=pytest.mark.slow),
-        pytest.param(dict(save_every=3, keep=0), 2, marks=pytest.mark.slow),
+        (dict(keep=1), 2),
+        (dict(keep=0), 4),
+        (dict(save_every=0), 1),
+        (dict(save_every=3, keep=0), 2),
     ],
 )
 def test_a_disk_too_small_for_what_will_be_saved_is_said_before_the_first_step(

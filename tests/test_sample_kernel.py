@@ -99,8 +99,7 @@ for V, n in SHAPES:
         CASES.append(pytest.param(V, n, options, marks=pytest.mark.slow if slow else ()))
 for V, n in LARGE:
     for options in PLAIN:
-        slow = V > 40_000
-        CASES.append(pytest.param(V, n, options, marks=pytest.mark.slow if slow else ()))
+        CASES.append(pytest.param(V, n, options, marks=pytest.mark.slow if V > 40_000 else ()))
 
 
 @pytest.mark.parametrize("V, n, options", CASES, ids=str)

@@ -103,12 +103,7 @@ RESUMED = {
 }
 
 
-# The quick ones; the others are in .ci/run's line for slow tests.
-QUICK = ("full", "lora")
-VARIANTS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RESUMED]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", quick(2, RESUMED))
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, name):
     # The schedule is constant after the warm-up: one that depends on `steps` would not be the config's.
     whole = settings(tmp_path, out_dir=str(tmp_path / "whole"), **RESUMED[name])

@@ -592,9 +592,8 @@ def test_keys_go_to_places_that_are_a_column_of_a_table():
     near(ours, ref, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "options", [SLOW(dict()), SLOW(dict(temperature=0)), SLOW(dict(top_k=20, top_p=0.9))], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0), dict(top_k=20, top_p=0.9)], ids=str)
 def test_sampler_draws_the_same_rollout_as_torch(tiny, options):
     """Six rows through three slots: prefill, decoding from the cache, refilling, moving rows and groups."""
     tiny.to(DEVICE)
